@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all the set-up; both can be run again at any time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test faults lint bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## compress, verify, convert and merge real adapters into the real MiniLM
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## lint, types and every test that needs no GPU
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+faults: $(STAMP)  ## kill and fail system calls at every write and rename (Linux, strace)
+	$(BIN)/python -m pytest -m faults
+
+lint: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## side-by-side measurements; prints tables for benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/vblora_topk.py
+
+clean:
+	rm -rf $(VENV) demo-out build dist

@@ -1,0 +1,241 @@
+"""Base checkpoints: names, shapes and shards of a model directory, from headers; weights only on demand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from adapterpack import architectures, limits
+from adapterpack.errors import InvalidFile, Unsupported, WrongBase
+from adapterpack.io import json as strict_json
+from adapterpack.io import safetensors
+from adapterpack.io.files import OpenFile
+from adapterpack.io.paths import plain_name
+from adapterpack.tensor import BF16, DTYPES, F16, F32, DType, Shape, Tensor
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+class Base:
+    """A model directory, opened. Use it as a context manager.
+
+    Attributes:
+        path: The directory.
+        config: config.json; empty if there is none.
+        shards: Weight file name to its header.
+        index: The shard index; None for a single file.
+        tensors: Name on disk to tensor.
+    """
+
+    def __init__(self, path: Path, *, weights: bool = True) -> None:
+        """Open headers and config.
+
+        Args:
+            path: The directory.
+            weights: Are weights needed? Else a config.json alone is enough.
+
+        Raises:
+            InvalidFile: malformed, a shard is missing, or names disagree.
+            Unsupported: the weights are there in another form only, or are quantised.
+        """
+        if not path.is_dir():
+            raise InvalidFile(f"{path} is no model directory")
+        self.path = path
+        config = path / CONFIG
+        self.config: Mapping[str, Any] = strict_json.read(config) if config.exists() else {}
+        self.index: Mapping[str, Any] | None = None
+        self.shards: dict[str, safetensors.Header] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._files: list[OpenFile] = []
+        self._prefixes: tuple[str, str] = ("", "")
+        try:
+            for name in self._shard_names(weights):
+                self._open_shard(name)
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def _shard_names(self, weights: bool) -> list[str]:
+        index_path = self.path / INDEX
+        if index_path.exists():
+            self.index = strict_json.read(index_path, limits.INDEX_BYTES)
+            weight_map = self.index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InvalidFile(f"{index_path} has no weight_map")
+            names = sorted({plain_name(name, str(index_path)) for name in weight_map.values()})
+            if len(names) > limits.SHARDS:
+                raise InvalidFile(f"{index_path} names {len(names):,} shards; at most {limits.SHARDS:,} are read")
+            return names
+        if (self.path / SINGLE).exists():
+            return [SINGLE]
+        if not weights and self.config:
+            return []
+        others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        if others:
+            raise Unsupported(
+                f"{self.path} has its weights as {others[0]} only",
+                hint="load it with transformers and save it again as safetensors",
+            )
+        raise InvalidFile(f"{self.path} has no {SINGLE} and no {INDEX}: it is no base model")
+
+    def _open_shard(self, name: str) -> None:
+        path = self.path / name
+        if not path.exists():
+            raise InvalidFile(f"{self.path / INDEX} names {name}, which is missing", hint="download the base again")
+        file = OpenFile(path)
+        self._files.append(file)
+        header = safetensors.read(file)
+        for key, tensor in header.tensors.items():
+            if key in self.tensors:
+                raise InvalidFile(f"the tensor {key} stands in two shards of {self.path}")
+            self.tensors[key] = tensor
+        self.shards[name] = header
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        for key, shard in self.index["weight_map"].items():
+            if key not in self.shards[shard].tensors:
+                raise InvalidFile(f"{INDEX} says that {key} is in {shard}, which does not hold it")
+        unlisted = self.tensors.keys() - self.index["weight_map"].keys()
+        if unlisted:
+            raise InvalidFile(f"{INDEX} does not list {min(unlisted)}")
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedWhileReading if a shard was written to meanwhile."""
+        for file in self._files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- names -------------------------------------------------------------------------------------------
+
+    def bind(self, targets: Iterable[str]) -> None:
+        """Find how the adapter's names become names on disk.
+
+        A base saved from `AutoModel` lacks the `bert.` or `model.` that a model with a head puts before
+        its body, or the other way round. One prefix for all names that are not there as they stand.
+
+        Raises:
+            WrongBase: more than one prefix would do.
+        """
+        self._prefixes = ("", "")
+        missing = [t for t in targets if t not in self.tensors and t != self._tied_head(t)]
+        if not missing or not self.tensors:
+            return
+        firsts = {name.partition(".")[0] + "." for name in (*self.tensors, *missing)}
+        candidates = [("", p) for p in firsts] + [(p, "") for p in firsts]
+        found = sorted(
+            (strip, add)
+            for strip, add in candidates
+            if all(t.startswith(strip) and add + t.removeprefix(strip) in self.tensors for t in missing)
+        )
+        if len(found) > 1:
+            ways = ", ".join(repr(add or "-" + strip) for strip, add in found)
+            raise WrongBase(f"{missing[0]} could be several tensors of {self.path}: prefixes {ways}")
+        if found:
+            self._prefixes = found[0]
+
+    def on_disk(self, target: str) -> str | None:
+        """The name on disk of a tensor that the adapter calls `target`; None if it is not there."""
+        strip, add = self._prefixes
+        for name in (target, add + target.removeprefix(strip)):
+            if name in self.tensors:
+                return name
+        return None
+
+    @property
+    def prefix_note(self) -> str | None:
+        strip, add = self._prefixes
+        if strip or add:
+            return f"names on disk {'lack' if strip else 'begin with'} {strip or add!r}"
+        return None
+
+    # -- tied embeddings ---------------------------------------------------------------------------------
+
+    @property
+    def embedding(self) -> str | None:
+        """Name on disk of the input embeddings, found by their usual names."""
+        for name in architectures.EMBEDDING_NAMES:
+            found = [t for t in self.tensors if t.endswith(f"{name}.weight") and len(self.tensors[t].shape) == 2]
+            if len(found) == 1:
+                return found[0]
+        return None
+
+    @property
+    def head(self) -> str:
+        """Name that the output embeddings have, or would have, on disk."""
+        for name in architectures.HEAD_NAMES:
+            if f"{name}.weight" in self.tensors:
+                return f"{name}.weight"
+        return f"{architectures.HEAD_NAMES[0]}.weight"
+
+    @property
+    def tied(self) -> bool:
+        """Are input and output embeddings one tensor?"""
+        said = architectures.text_config(self.config).get(
+            "tie_word_embeddings", self.config.get("tie_word_embeddings")
+        )
+        if self.embedding is None or said is False:
+            return False
+        # Many model types tie by default and then do not say so in config.json; the missing head tells.
+        return said is True or (self.head not in self.tensors and self._has_head)
+
+    @property
+    def _has_head(self) -> bool:
+        names = self.config.get("architectures")
+        named = [str(n) for n in names] if isinstance(names, list) else []
+        return not named or any("LMHead" in n or "ForCausalLM" in n or "ForConditional" in n for n in named)
+
+    def _tied_head(self, target: str) -> str | None:
+        return target if self.tied and target == self.head else None
+
+    # -- what methods ask (adapter.Shapes) ---------------------------------------------------------------
+
+    def has(self, tensor: str) -> bool:
+        if not self.tensors:
+            return True
+        return self.on_disk(tensor) is not None or self._tied_head(tensor) is not None
+
+    def tensor(self, target: str) -> Tensor:
+        """The base tensor that the adapter calls `target`; a tied head is the embedding.
+
+        Raises:
+            WrongBase: there is none.
+        """
+        name = self.on_disk(target)
+        if name is None and self._tied_head(target):
+            name = self.embedding
+        if name is None:
+            raise WrongBase(
+                f"the base {self.path} has no tensor {target}", hint="is it another model, or a part of it?"
+            )
+        return self.tensors[name]
+
+    def shape(self, tensor: str) -> Shape:
+        if not self.tensors:
+            return architectures.linear_shape(self.config, tensor.removesuffix(".weight"))
+        return self.tensor(tensor).shape
+
+    def conv1d(self, module: str) -> bool | None:
+        return architectures.is_conv1d(self.config, module)
+
+    @property
+    def dtype(self) -> DType | None:
+        """The dtype of most weights; from config.json where there are none."""
+        floats = Counter(t.dtype for t in self.tensors.values() if t.dtype in (F32, BF16, F16))
+        if floats:
+            return floats.most_common(1)[0][0]
+        said = self.config.get("dtype", self.config.get("torch_dtype"))
+        return {"float32": F32, "bfloat16": BF16, "float16": F16, "float64": DTYPES["F64"]}.get(str(said))

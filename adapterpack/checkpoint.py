@@ -1,0 +1,60 @@
+"""`Checkpoint`: the files of an adapter directory, its parsed config, and its tensors under their own keys."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Self
+
+from adapterpack.tensor import Source, Tensor
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One adapter as it lies on disk, unread but for headers and config.
+
+    It owns one descriptor per file: use it as a context manager. What a method makes of it is an
+    `Adapter`; a checkpoint of an unknown method can still be inspected, checked and copied.
+
+    Attributes:
+        name: What to call it in messages: a path.
+        config: adapter_config.json, keys in file order.
+        tensors: Key to tensor, keys as the file spells them.
+        metadata: `__metadata__` of the tensor file.
+        config_bytes: adapter_config.json byte for byte; None once the config was changed.
+        weights: The tensor file byte for byte; None once a tensor was changed.
+        files: Small files that are carried along: card, tokenizer, texts.
+        left: Names of files that are never carried: pickles, optimizer state, other weights, folders.
+        bytes: Sum of all files of the directory, folders not counted.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config_bytes: bytes | None = None
+    weights: Source | None = None
+    files: Mapping[str, Source] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    bytes: int = 0
+    on_close: tuple[Callable[[], None], ...] = field(default=(), repr=False)
+    still_same: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.config["peft_type"])
+
+    def close(self) -> None:
+        for close in self.on_close:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.close()

@@ -1,0 +1,151 @@
+"""The smallest PEFT directory that stock PEFT reads back as the same adapter, or one within a named error."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from adapterpack import casting, containers, hub, methods
+from adapterpack.adapter import Adapter, Grade, Method, Outcome, Request
+from adapterpack.backend import Backend
+from adapterpack.base import Base
+from adapterpack.containers import size_of
+from adapterpack.convert import Conversion, cast_outcome, measure, publish, refuse_loss
+from adapterpack.errors import UsageError
+from adapterpack.methods import lora
+from adapterpack.methods._keys import render
+from adapterpack.tensor import BF16, F16
+
+Progress = Callable[[str, int, int], None]
+
+
+def compress(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    lossless: bool = False,
+    max_error: float | None = None,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the most compact PEFT directory of an adapter.
+
+    Args:
+        source: The adapter; only read.
+        destination: The new directory.
+        lossless: Keep every tensor and file as it is.
+        max_error: Go on to 16-bit casts and lower ranks, as far as this relative error allows.
+        base: Saved embeddings that equal this base's are left out.
+        dry_run: Measure only; nothing is written.
+
+    Raises:
+        UsageError: `lossless` and `max_error` together.
+        See `convert` for the rest.
+    """
+    if lossless and max_error is not None:
+        raise UsageError("--lossless and --max-error exclude each other")
+    target = Path(destination).expanduser()
+    protected = tuple(Path(p).expanduser() for p in (source, base) if p is not None)
+    containers.check_target(target, overwrite=overwrite, sources=protected)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(
+            containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
+        )
+        method, adapter = methods.parse(checkpoint)
+        model = None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
+        request = Request(Backend(device), max_error=max_error)
+        outcome = Outcome(adapter, Grade.LOSSLESS)
+        reference = adapter
+        if not lossless:
+            if model is not None:
+                outcome = _without_copies(adapter, model)
+                reference = outcome.adapter
+            outcome = _equivalent(method, outcome, request)
+        if max_error is not None:
+            outcome = _smallest(method, reference, outcome, request, progress)
+        grade, error = measure((method, reference), outcome, request, progress)
+        refuse_loss(grade, error, max_error)
+        before, after = size_of(render(adapter)), size_of(render(outcome.adapter))
+        if after >= before:
+            hint = "nothing to gain here: the result is a copy"
+            ways = "--dtype bfloat16 with convert, or --max-error, make it smaller at a measured loss"
+            outcome = Outcome(adapter, Grade.LOSSLESS, notes=(f"{hint}; {ways}",))
+            grade, error = Grade.LOSSLESS, 0.0
+        return publish(checkpoint, outcome, grade, error, target, protected, overwrite=overwrite, dry_run=dry_run)
+
+
+def _equivalent(method: Method, start: Outcome, request: Request) -> Outcome:
+    """The compact encoding, and every value in the narrowest dtype that holds it."""
+    outcome = start
+    for edge in method.edges.get(start.adapter.encoding, ()):
+        if edge.compact:
+            made = edge.run(start.adapter, request)
+            outcome = replace(made, grade=min(start.grade, made.grade), dropped=(*start.dropped, *made.dropped))
+    narrowed = casting.narrow(method, outcome.adapter)
+    if narrowed is not outcome.adapter:
+        note = "values that 16 bits hold exactly are stored in 16 bits; PEFT lifts them to float32 again"
+        grade = min(outcome.grade, Grade.EQUIVALENT)
+        outcome = Outcome(narrowed, grade, outcome.dropped, (*outcome.notes, note))
+    return outcome
+
+
+def _without_copies(a: Adapter, model: Base) -> Outcome:
+    """Saved embeddings (`base_layer.weight`) that are the base's own, byte for byte, are not needed."""
+    model.bind(a.replaced)
+    copies = {
+        target: entries[0].param.key
+        for target, entries in a.replaced.items()
+        if len(entries) == 1
+        and entries[0].rows is None
+        and ".base_layer." in entries[0].param.key
+        and model.has(target)
+        and model.tensor(target).equals(entries[0].param.tensor)
+    }
+    if not copies:
+        return Outcome(a, Grade.LOSSLESS)
+    kept = {t: e for t, e in a.replaced.items() if t not in copies}
+    dropped = tuple(f"{key}: equal to the base's" for key in copies.values())
+    return Outcome(replace(a, replaced=kept, changed=True), Grade.EQUIVALENT, dropped)
+
+
+def _smallest(
+    method: Method, original: Adapter, start: Outcome, request: Request, progress: Progress | None
+) -> Outcome:
+    """The smallest of a few lossy forms that keeps every module within the error; `start` if none is smaller."""
+    best, best_size = start, size_of(render(start.adapter))
+    for candidate in _candidates(start, request):
+        size = size_of(render(candidate.adapter))
+        if size >= best_size:
+            continue
+        _, error = measure((method, original), candidate, request, progress)
+        if request.max_error is not None and error <= request.max_error:
+            best, best_size = candidate, size
+    return best
+
+
+def _candidates(start: Outcome, request: Request) -> Iterator[Outcome]:
+    assert request.max_error is not None
+    # A cast adds its own error on top of a cut: half of the bound squared is left for it.
+    for share, dtype in itertools.product((None, 1.0, 0.7, 0.3), (None, BF16, F16)):
+        outcome = start
+        if share is not None:
+            cut = _lower_rank(start.adapter, request, request.max_error * share)
+            if cut is None:
+                continue
+            outcome = Outcome(cut, Grade.APPROXIMATE, (*start.dropped, "small singular values"), start.notes)
+        if dtype is not None:
+            outcome = replace(cast_outcome(outcome, dtype), grade=Grade.APPROXIMATE)
+        yield outcome
+
+
+def _lower_rank(a: Adapter, request: Request, max_error: float) -> Adapter | None:
+    """Plain LoRA with each module at the least rank that keeps it within `max_error`."""
+    return lora.truncated(a, request, max_error) if a.method == "lora" else None

@@ -1,0 +1,226 @@
+"""The PEFT directory: adapter_config.json beside adapter_model.safetensors (`formats/peft/SPEC.md`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapterpack import limits
+from adapterpack.checkpoint import Checkpoint
+from adapterpack.containers import pickled
+from adapterpack.errors import InvalidFile, PickleRefused, UsageError
+from adapterpack.io import atomic, safetensors
+from adapterpack.io import json as strict_json
+from adapterpack.io.files import OpenFile, WholeFile, read_small
+from adapterpack.tensor import Source, chunks
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_CARRIED_SUFFIXES = frozenset(
+    (".json", ".jsonl", ".jinja", ".md", ".model", ".spm", ".tiktoken", ".toml", ".txt", ".vocab", ".yaml", ".yml")
+)
+_CARRIED_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
+_TRAINER_STATE = {"trainer_state.json"}
+_TRAINER_STEP = re.compile(r"checkpoint-\d+")
+
+
+def open_adapter(path: Path, *, subfolder: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+    """Open a PEFT directory, or one `.safetensors` file with its config beside it.
+
+    Args:
+        path: The directory or file.
+        subfolder: Which adapter of several; `.` is the one at the top.
+        allow_pickle: Read adapter_model.bin, tensors only, where no safetensors file is.
+
+    Raises:
+        InvalidFile: it is not there, malformed, or no regular file.
+        UsageError: several adapters and no `subfolder`.
+        PickleRefused: the weights are a pickle and that was not allowed.
+    """
+    weights_name = WEIGHTS
+    if path.suffix == ".safetensors" and path.is_file():
+        path, weights_name = path.parent, path.name
+        if subfolder is not None:
+            raise UsageError("--subfolder goes with a directory, not with a file")
+    elif not path.is_dir():
+        raise InvalidFile(_absent(path))
+    else:
+        path = _choose(path, subfolder)
+    config_path = path / CONFIG
+    if not config_path.exists():
+        raise InvalidFile(
+            f"{path} is no adapter: it has no {CONFIG}",
+            hint="name the directory that PEFT's save_pretrained wrote",
+        )
+    config_bytes = read_small(config_path, limits.CONFIG_BYTES)
+    config = strict_json.parse(config_bytes, str(config_path))
+    if not isinstance(config.get("peft_type"), str):
+        raise InvalidFile(f"{config_path} does not say its peft_type", hint="PEFT writes it; restore the file")
+    files, left, total = _other_files(path, weights_name)
+    weights_path = path / weights_name
+    if not weights_path.exists():
+        return _pickle(path, config, config_bytes, files, left, total, allow_pickle)
+    file = OpenFile(weights_path)
+    try:
+        header = safetensors.read(file)
+    except BaseException:
+        file.close()
+        raise
+    return Checkpoint(
+        name=str(path),
+        config=config,
+        tensors=header.tensors,
+        metadata=header.metadata,
+        config_bytes=config_bytes,
+        weights=_Whole(file),
+        files=files,
+        left=left,
+        bytes=total,
+        on_close=(file.close,),
+        still_same=file.check_unchanged,
+    )
+
+
+class _Whole:
+    """All bytes of an open file as a source."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self.nbytes = file.size
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._file.read(start, min(stop, self.nbytes))
+
+
+def _absent(path: Path) -> str:
+    if path.exists():
+        return f"{path} is no directory and no .safetensors file"
+    return f"no such file or directory: {path}"
+
+
+def _choose(path: Path, subfolder: str | None) -> Path:
+    if subfolder is not None:
+        chosen = path / subfolder
+        if not chosen.resolve().is_relative_to(path.resolve()):
+            raise UsageError(f"--subfolder {subfolder} leads out of {path}")
+        if not chosen.is_dir():
+            raise UsageError(f"{path} has no subfolder {subfolder}", hint=_list(_adapters(path)))
+        return chosen
+    below = _adapters(path)
+    if not below:
+        return path
+    # The Trainer writes its steps below the final adapter: those are history, not other adapters.
+    here = (path / CONFIG).exists()
+    others = [name for name in below if not (here and _TRAINER_STEP.fullmatch(name))]
+    if not others:
+        return path
+    found = (["."] if here else []) + others
+    raise UsageError(f"{path} holds {len(found)} adapters", hint=_list(found))
+
+
+def _list(names: list[str]) -> str | None:
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"choose one with --subfolder: {shown}" if names else None
+
+
+def _adapters(path: Path) -> list[str]:
+    return sorted(d.name for d in path.iterdir() if d.is_dir() and (d / CONFIG).is_file())
+
+
+def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], tuple[str, ...], int]:
+    """Files that are carried, names of those that are not, and the bytes of all files together."""
+    files: dict[str, Source] = {}
+    left: list[str] = []
+    total = 0
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir():
+            left.append(entry.name + "/")
+            continue
+        if not entry.is_file():
+            left.append(entry.name)
+            continue
+        size = entry.stat().st_size
+        total += size
+        if entry.name in (CONFIG, weights_name):
+            continue
+        text = entry.suffix in _CARRIED_SUFFIXES or entry.name in _CARRIED_NAMES
+        index = entry.name.endswith(".safetensors.index.json")
+        if text and not index and size <= limits.CARRIED_BYTES and entry.name not in _TRAINER_STATE:
+            files[entry.name] = WholeFile(entry, size)
+        else:
+            left.append(entry.name)
+    return files, tuple(left), total
+
+
+def _pickle(
+    path: Path,
+    config: Mapping[str, Any],
+    config_bytes: bytes,
+    files: Mapping[str, Source],
+    left: tuple[str, ...],
+    total: int,
+    allow: bool,
+) -> Checkpoint:
+    source = path / PICKLE
+    if not source.exists():
+        raise InvalidFile(f"{path} has no {WEIGHTS}", hint="name the directory that PEFT's save_pretrained wrote")
+    if not allow:
+        raise PickleRefused(
+            f"{source} is a pickle, which can run code when it is loaded",
+            hint="ask its author for safetensors, or read the tensors alone with --allow-pickle",
+        )
+    return Checkpoint(
+        name=str(path),
+        config=config,
+        tensors=pickled.read(source),
+        config_bytes=config_bytes,
+        files=files,
+        left=tuple(name for name in left if name != PICKLE),
+        bytes=total,
+    )
+
+
+def _config(c: Checkpoint) -> bytes:
+    return c.config_bytes if c.config_bytes is not None else strict_json.dump(dict(c.config))
+
+
+def _metadata(c: Checkpoint) -> dict[str, str]:
+    return {"format": "pt", **c.metadata}
+
+
+def size_of(c: Checkpoint) -> int:
+    """The bytes of all files that `write_adapter` would write."""
+    if c.weights is not None:
+        weights = c.weights.nbytes
+    else:
+        ordered = [(name, c.tensors[name]) for name in safetensors.order(c.tensors)]
+        weights = len(safetensors.header_bytes(ordered, _metadata(c))) + sum(t.nbytes for _, t in ordered)
+    return weights + len(_config(c)) + sum(source.nbytes for source in c.files.values())
+
+
+def write_adapter(c: Checkpoint, directory: Path) -> int:
+    """Write a checkpoint into a staged directory, byte for byte where nothing changed.
+
+    Returns:
+        The bytes of all files.
+
+    Raises:
+        ChangedWhileReading: an input changed meanwhile; nothing of it may be published.
+        WriteFailed: the system refuses.
+    """
+    with atomic.create(directory / CONFIG) as out:
+        out.write(_config(c))
+    with atomic.create(directory / WEIGHTS) as out:
+        if c.weights is not None:
+            for chunk in chunks(c.weights):
+                out.write(chunk)
+        else:
+            safetensors.write(out, c.tensors, _metadata(c))
+    for name, source in c.files.items():
+        with atomic.create(directory / name) as out:
+            for chunk in chunks(source):
+                out.write(chunk)
+    c.still_same()
+    return sum(entry.stat().st_size for entry in directory.iterdir())

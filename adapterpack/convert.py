@@ -1,0 +1,265 @@
+"""Convert an adapter to another encoding, method or dtype, and measure what that did to the change of W."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapterpack import card, casting, containers, hub, methods
+from adapterpack.adapter import (
+    EQUIVALENT_ERROR,
+    Adapter,
+    Edge,
+    Grade,
+    Method,
+    Need,
+    Outcome,
+    Request,
+)
+from adapterpack.backend import Backend
+from adapterpack.base import Base
+from adapterpack.checkpoint import Checkpoint
+from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
+from adapterpack.methods._keys import render
+from adapterpack.tensor import CASTABLE, DType
+from adapterpack.verify import compare, worst
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` or `compress` made, or would make.
+
+    Attributes:
+        output: The new directory.
+        method: Of the result.
+        encoding: Of the result.
+        bytes_in: Sum of all files of the source.
+        bytes_out: Sum of all files of the result.
+        grade: `lossless`, `equivalent` or `approximate`.
+        dropped: What is gone, and files that were left behind.
+        max_rel_error: Largest relative error of a module's change of W, measured; 0 where it is exact.
+        notes: What the user should know.
+    """
+
+    output: str
+    method: str
+    encoding: str
+    bytes_in: int
+    bytes_out: int
+    grade: str
+    dropped: tuple[str, ...]
+    max_rel_error: float
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str | None = None,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    base_dtype: str | None = None,
+    max_error: float | None = None,
+    warm_start: bool = False,
+    device: str = "cpu",
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert an adapter.
+
+    Args:
+        source: A PEFT directory, or one safetensors file with its config beside it. It is only read.
+        destination: The new PEFT directory.
+        to: Encoding (`full-logits`, `topk`, `projection`, `seed`) or method (`lora`).
+        dtype: `float32`, `bfloat16` or `float16` for the parameters.
+        base: Where the base's shapes are to be had; its weights are not read.
+        base_dtype: The dtype of the base in training, where `base` does not tell.
+        max_error: The largest relative error allowed; None: nothing beyond `equivalent`.
+        warm_start: With `full-logits`: make up the logits that a top-k file lacks.
+        dry_run: Measure only; nothing is written.
+
+    Raises:
+        LossRefused: it would lose more than was allowed.
+        Unsupported: there is no such conversion.
+        WrongBase: it needs the base's shapes, or they do not fit.
+        DestinationExists, UsageError, WriteFailed: see `io.atomic`.
+    """
+    if to is None and dtype is None:
+        raise UsageError("nothing to convert to", hint="--to ENCODING or --dtype DTYPE")
+    if warm_start and to != "full-logits":
+        raise UsageError("--warm-start goes with --to full-logits")
+    target = Path(destination).expanduser()
+    protected = _protected(source, base)
+    containers.check_target(target, overwrite=overwrite, sources=protected)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(
+            containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
+        )
+        method, adapter = methods.parse(checkpoint)
+        edge = None if to is None else find_edge(method, adapter, to)
+        request, base_notes = _request(adapter, edge, base, base_dtype, max_error, warm_start, device, stack)
+        outcome = Outcome(adapter, Grade.LOSSLESS)
+        if edge is not None:
+            if progress:
+                progress("convert", 0, 1)
+            outcome = edge.run(adapter, request)
+        if dtype is not None:
+            outcome = cast_outcome(outcome, named_dtype(dtype))
+        outcome = replace(outcome, notes=(*base_notes, *outcome.notes))
+        grade, error = measure((method, adapter), outcome, request, progress)
+        refuse_loss(grade, error, max_error)
+        return publish(checkpoint, outcome, grade, error, target, protected, overwrite=overwrite, dry_run=dry_run)
+
+
+def _protected(source: str | Path, base: str | Path | None) -> tuple[Path, ...]:
+    inputs = [Path(source).expanduser()]
+    if base is not None:
+        inputs.append(Path(base).expanduser())
+    return tuple(inputs)
+
+
+def find_edge(method: Method, a: Adapter, to: str) -> Edge:
+    """The conversion from the adapter's encoding to `to`.
+
+    Raises:
+        Unsupported: there is none; the ones that there are are named.
+    """
+    edges = method.edges.get(a.encoding, ())
+    for edge in edges:
+        if edge.to == to:
+            return edge
+    ways = ", ".join(sorted({e.to for e in edges}))
+    raise Unsupported(
+        f"{a.method} in the {a.encoding} encoding cannot become {to!r}", hint=f"--to takes {ways} for it"
+    )
+
+
+def named_dtype(name: str) -> DType:
+    """The dtype that a user names.
+
+    Raises:
+        UsageError: it is none that an adapter can be cast to.
+    """
+    if name not in CASTABLE:
+        raise UsageError(f"no dtype {name!r:.40}", hint=f"one of {', '.join(CASTABLE)}")
+    return CASTABLE[name]
+
+
+def _request(
+    a: Adapter,
+    edge: Edge | None,
+    base: str | Path | None,
+    base_dtype: str | None,
+    max_error: float | None,
+    warm_start: bool,
+    device: str,
+    stack: ExitStack,
+) -> tuple[Request, tuple[str, ...]]:
+    """What the conversion may use; a base that the adapter names itself is used where one is needed."""
+    path = None if base is None else hub.resolve_base(str(base))
+    notes: tuple[str, ...] = ()
+    if path is None and edge is not None and Need.SHAPES in edge.needs:
+        path = hub.implied_base(a.config)
+        notes = () if path is None else (f"base: {path}, as the adapter names it",)
+    shapes = None
+    if path is not None:
+        shapes = stack.enter_context(Base(path, weights=False))
+        shapes.bind([f"{m}.weight" for m in a.modules])
+        missing = [m for m in a.modules if not shapes.has(f"{m}.weight")]
+        if missing:
+            raise WrongBase(
+                f"the base {path} lacks {len(missing)} modules of the adapter: {', '.join(missing[:5])}",
+                hint=f"the adapter says its base is {a.config.get('base_model_name_or_path')!r}",
+            )
+    known = None if base_dtype is None else named_dtype(base_dtype)
+    return Request(Backend(device), shapes, known, max_error, warm_start), notes
+
+
+def cast_outcome(outcome: Outcome, dtype: DType) -> Outcome:
+    """The outcome with its parameters in another dtype."""
+    a = outcome.adapter
+    method = methods.METHODS[a.method.upper()]
+    new = casting.cast_to(method, a, dtype)
+    notes = outcome.notes
+    kept = sorted(method.keep_dtype & {n for params in new.modules.values() for n in params})
+    if kept and dtype.name != "F32":
+        notes = (*notes, f"{', '.join(kept)} stay F32: PEFT cannot load them in {dtype}")
+    if new is a:
+        return replace(outcome, notes=notes)
+    return Outcome(new, min(outcome.grade, Grade.EQUIVALENT), outcome.dropped, notes)
+
+
+def measure(
+    before: tuple[Method, Adapter], outcome: Outcome, request: Request, progress: Progress | None = None
+) -> tuple[Grade, float]:
+    """The grade that a conversion really reached and the largest relative error of a module.
+
+    A lossless one gives back the same tensors and is not measured.
+    """
+    if outcome.grade is Grade.LOSSLESS:
+        return Grade.LOSSLESS, 0.0
+    after = (methods.METHODS[outcome.adapter.method.upper()], outcome.adapter)
+    errors, findings, _ = compare(before, after, request, largest=False, progress=progress)
+    error = math.inf if any(f.code != "difference" for f in findings) else worst(errors)
+    if outcome.grade is Grade.EQUIVALENT and error <= EQUIVALENT_ERROR:
+        return Grade.EQUIVALENT, error
+    return Grade.APPROXIMATE, error
+
+
+def refuse_loss(grade: Grade, error: float, max_error: float | None) -> None:
+    """Raise LossRefused if the measured error is more than was allowed."""
+    allowed = EQUIVALENT_ERROR if max_error is None else max_error
+    if grade is Grade.APPROXIMATE and not error <= allowed:
+        hint = "the values leave the dtype's range"
+        if math.isfinite(error):
+            hint = f"allow it with --max-error {_round_up(error):.2g}"
+        raise LossRefused(
+            f"the change of W would move by {error:.2g} (relative, worst module); allowed is {allowed:.2g}", hint=hint
+        )
+
+
+def _round_up(x: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
+    return math.ceil(x / unit) * unit
+
+
+def publish(
+    checkpoint: Checkpoint,
+    outcome: Outcome,
+    grade: Grade,
+    error: float,
+    target: Path,
+    protected: tuple[Path, ...],
+    *,
+    overwrite: bool,
+    dry_run: bool,
+) -> Conversion:
+    """Write the result, its card mended, and say what it is."""
+    a = outcome.adapter
+    rendered = render(a)
+    if a.changed:
+        rendered = replace(rendered, files=card.mended(rendered.files, checkpoint, a))
+    if dry_run:
+        size = containers.size_of(rendered)
+    else:
+        size = containers.write_checkpoint(rendered, target, overwrite=overwrite, sources=protected)
+    return Conversion(
+        output=str(target),
+        method=a.method,
+        encoding=a.encoding,
+        bytes_in=checkpoint.bytes,
+        bytes_out=size,
+        grade=str(grade),
+        dropped=(*outcome.dropped, *(f"file {name}" for name in checkpoint.left)),
+        max_rel_error=error,
+        notes=outcome.notes,
+    )

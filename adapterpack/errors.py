@@ -1,0 +1,75 @@
+"""One error tree; the command line maps it to exit codes at its edge, once.
+
+AdapterpackError              exit 1   cannot be done
+├── UsageError                exit 2   the call itself is wrong
+├── InvalidFile               exit 1   malformed, truncated or hostile input
+│   └── ChangedWhileReading   exit 1   somebody else writes the file that we read
+├── Unsupported               exit 1   well-formed, but nothing that this version can treat right
+│   └── PickleRefused         exit 1   code may hide in it
+├── DestinationExists         exit 1   DST is there and --overwrite was not given
+├── WrongBase                 exit 1   the base lacks modules, or has other shapes
+├── NothingChanged            exit 1   a merge that would write the base again
+├── WriteFailed               exit 1   no space, no permission, ...
+└── LossRefused               exit 4   more would be lost than was allowed
+"""
+
+from __future__ import annotations
+
+
+class AdapterpackError(Exception):
+    """Something cannot be done.
+
+    Args:
+        message: What is wrong and where, in one line.
+        hint: What the user can do about it, in one line.
+    """
+
+    code = "failed"
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AdapterpackError):
+    code = "usage"
+    exit_code = 2
+
+
+class InvalidFile(AdapterpackError):
+    code = "invalid"
+
+
+class ChangedWhileReading(InvalidFile):
+    code = "changed-while-reading"
+
+
+class Unsupported(AdapterpackError):
+    code = "unsupported"
+
+
+class PickleRefused(Unsupported):
+    code = "pickle-refused"
+
+
+class DestinationExists(AdapterpackError):
+    code = "exists"
+
+
+class WrongBase(AdapterpackError):
+    code = "wrong-base"
+
+
+class NothingChanged(AdapterpackError):
+    code = "nothing-changed"
+
+
+class WriteFailed(AdapterpackError):
+    code = "write-failed"
+
+
+class LossRefused(AdapterpackError):
+    code = "loss-refused"
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Reading strictly and writing atomically. Nothing here knows what an adapter is."""

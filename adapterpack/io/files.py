@@ -1,0 +1,112 @@
+"""Regular files, read by position, and found out when they change underneath us."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from adapterpack.errors import ChangedWhileReading, InvalidFile
+
+
+class OpenFile:
+    """One descriptor on one regular file, and what it looked like when it was opened.
+
+    `pread`, not mmap: a file that another process truncates would kill us with SIGBUS.
+
+    Raises:
+        InvalidFile: it does not exist, cannot be read, or is no regular file (a FIFO would block for ever).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            raise InvalidFile(f"cannot open {path}: {e.strerror}") from e
+        seen = os.fstat(self._fd)
+        if not stat.S_ISREG(seen.st_mode):
+            os.close(self._fd)
+            kind = "a directory" if stat.S_ISDIR(seen.st_mode) else "not a regular file"
+            raise InvalidFile(f"{path} is {kind}")
+        self.size = seen.st_size
+        self._stamp = (seen.st_size, seen.st_mtime_ns)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop).
+
+        Raises:
+            ChangedWhileReading: the file is shorter than it was.
+            InvalidFile: the disk does not give them.
+        """
+        parts: list[bytes] = []
+        while start < stop:
+            try:
+                part = os.pread(self._fd, min(stop - start, 1 << 30), start)
+            except OSError as e:
+                raise InvalidFile(f"cannot read {self.path} at byte {start}: {e.strerror}") from e
+            if not part:
+                raise ChangedWhileReading(
+                    f"{self.path} was truncated while it was read",
+                    hint="let its writer finish, then run again",
+                )
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedWhileReading if somebody has written to the file since it was opened."""
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != self._stamp:
+            raise ChangedWhileReading(
+                f"{self.path} changed while it was read", hint="let its writer finish, then run again"
+            )
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """The bytes [offset, offset + nbytes) of an open file, as a tensor's source."""
+
+    file: OpenFile
+    offset: int
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self.file.read(self.offset + start, self.offset + min(stop, self.nbytes))
+
+
+@dataclass(frozen=True)
+class WholeFile:
+    """A file by name, opened only while it is read: for files that are merely carried along."""
+
+    path: Path
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        with OpenFile(self.path) as file:
+            return file.read(start, min(stop, self.nbytes))
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """All bytes of a file that should be small.
+
+    Raises:
+        InvalidFile: it is larger than `limit` bytes, no regular file, or cannot be read.
+    """
+    with OpenFile(path) as file:
+        if file.size > limit:
+            raise InvalidFile(f"{path} has {file.size:,} bytes; at most {limit:,} are read")
+        return file.read(0, file.size)

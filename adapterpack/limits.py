@@ -1,0 +1,39 @@
+"""How large a thing from a file may be before we refuse to look at it.
+
+Real adapters stay far below every number; hostile files are refused before they cost memory or time.
+"""
+
+HEADER_BYTES = 16 << 20
+"""Longest safetensors header read (the format itself allows 100 MB)."""
+TENSORS = 200_000
+"""Most tensors in one file."""
+NAME_BYTES = 512
+"""Longest tensor name, in UTF-8 bytes."""
+RANK = 8
+"""Most dimensions of a tensor."""
+DIMENSION = 1 << 31
+"""Largest dimension of a tensor."""
+METADATA_BYTES = 1 << 20
+"""Longest `__metadata__`, names and values together."""
+JSON_DEPTH = 32
+"""Deepest nesting of a JSON document."""
+CONFIG_BYTES = 4 << 20
+"""Longest adapter_config.json or config.json."""
+INDEX_BYTES = 64 << 20
+"""Longest model.safetensors.index.json."""
+SHARDS = 10_000
+"""Most shards of one base model."""
+PATTERN_CHARS = 2_000
+"""Longest regular expression taken from a file."""
+PATTERN_SECONDS = 1.0
+"""Longest time that one regular expression from a file may run."""
+PATTERNS = 10_000
+"""Most patterns in one rank_pattern or alpha_pattern."""
+LORA_RANK = 65_536
+"""Largest rank of an adapter."""
+CARRIED_BYTES = 64 << 20
+"""Largest tokenizer, text or config file that is carried along with an adapter."""
+CHUNK_BYTES = 4 << 20
+"""How much is copied, hashed or scanned at a time."""
+RECIPE_ELEMENTS = 1 << 31
+"""Most elements that a recipe may draw: beyond it the recipe is refused before it is run."""

@@ -1,0 +1,169 @@
+"""Is a merged model what an adapter makes of a base, within the rounding of its dtype and nothing more?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from adapterpack import plan
+from adapterpack.adapter import Finding
+from adapterpack.backend import Array, Backend
+from adapterpack.base import Base
+from adapterpack.tensor import DType, Tensor
+
+Progress = Callable[[str, int, int], None]
+
+_UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""Half a unit in the last place, relative."""
+_TINY = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
+"""The smallest subnormal."""
+_ROWS = 1024
+_BIAS = 1e-3
+"""Honest rounding is unbiased; the share of the delta that may be missing on average all the same."""
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How far a merged tensor lies from the exact result; rounding noise is in it."""
+
+    name: str
+    max_abs_error: float
+    rel_error: float
+
+
+def compare(
+    p: plan.Plan,
+    base: Base,
+    merged: Base,
+    xp: Backend,
+    *,
+    max_error: float,
+    only: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[TensorError], list[Finding]]:
+    """Hold every tensor of `merged` against what a plan makes of `base`.
+
+    A changed tensor agrees if each element lies within rounding of the exact value and the differences
+    from our own merge do not lean along the delta: so a lost scale cannot hide below the noise.
+
+    Args:
+        max_error: A tensor whose relative error is at most this agrees in any case.
+        only: Names on disk to look at; None for all.
+
+    Returns:
+        Errors of the changed tensors, and findings.
+    """
+    wanted = {name: (base.tensors[name], steps) for name, steps in p.steps.items()}
+    if p.head is not None:
+        assert base.embedding is not None
+        wanted[p.head[0]] = (base.tensors[base.embedding], p.head[1])
+    findings: list[Finding] = []
+    errors: list[TensorError] = []
+    names = [n for n in dict.fromkeys([*base.tensors, *wanted, *merged.tensors]) if only is None or n in only]
+    for n, name in enumerate(names):
+        if progress:
+            progress("compare", n, len(names))
+        if name not in base.tensors and name not in wanted:
+            if not (name == base.head and _is_tied_copy(merged, name)):
+                findings.append(Finding("unexpected-tensor", name, "the base has no such tensor"))
+            continue
+        found = merged.tensors.get(name)
+        if found is None:
+            # A head that stayed equal may be left out of a tied model.
+            if not (name == base.head and merged.tied):
+                findings.append(Finding("missing-tensor", name, "the merged model lacks it"))
+                continue
+            found = merged.tensors[merged.embedding or name]
+        if name in wanted:
+            error, finding = _changed(name, *wanted[name], found, xp, max_error)
+            errors += [error] if error else []
+        else:
+            finding = _untouched(name, base.tensors[name], found)
+        findings += [finding] if finding else []
+    if progress:
+        progress("compare", len(names), len(names))
+    return errors, findings
+
+
+def _is_tied_copy(merged: Base, head: str) -> bool:
+    return merged.embedding is not None and merged.tensors[head].equals(merged.tensors[merged.embedding])
+
+
+def _untouched(name: str, before: Tensor, after: Tensor) -> Finding | None:
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return Finding(
+            "other-tensor", name, f"{after.dtype} {after.shape}, in the base {before.dtype} {before.shape}"
+        )
+    if not before.equals(after):
+        return Finding("changed-outside", name, "it differs from the base, and the adapter does not change it")
+    return None
+
+
+def _changed(
+    name: str, before: Tensor, steps: tuple[plan.Step, ...], after: Tensor, xp: Backend, max_error: float
+) -> tuple[TensorError | None, Finding | None]:
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return None, _untouched(name, before, after)
+    w, m = xp.native(before), xp.native(after)
+    exact = plan.exact(before, steps, xp)
+    ours = plan.compute(before, steps, xp)
+    sums = _Sums(after.dtype)
+    noise = plan.noise(before, steps, xp)
+    flat = [t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (w, m, exact, ours, noise)]
+    for start in range(0, flat[0].shape[0], _ROWS):
+        sums.add(*(t[start : start + _ROWS] for t in flat))
+    error = TensorError(name, sums.max_abs, sums.rel_error)
+    if sums.nonfinite:
+        return error, Finding("nan", name, "the merged tensor has NaN or infinite values")
+    if sums.rel_error <= max_error or not sums.wrong:
+        return error, None
+    return error, Finding("wrong-merge", name, sums.describe())
+
+
+class _Sums:
+    """Statistics of one tensor, gathered block by block in f64."""
+
+    def __init__(self, dtype: DType) -> None:
+        self._unit, self._tiny = _UNIT[dtype.name], _TINY[dtype.name]
+        self.max_abs = 0.0
+        self.nonfinite = False
+        self._outside = self._count = 0
+        self._error2 = self._delta2 = 0.0
+        self._theirs = self._ours = self._lean = self._lean2 = 0.0
+
+    def add(self, w: Array, m: Array, exact: Array, ours: Array, noise: Array) -> None:
+        w, m, ours = w.double(), m.double(), ours.double()
+        delta, error = exact - w, (m - exact).abs()
+        self.nonfinite |= not bool(m.isfinite().all())
+        # Rounding the result, and rounding the delta first as some tools do, both are honest.
+        allowed = self._unit * 1.01 * (exact.abs() + delta.abs()) + noise + self._tiny
+        self._outside += int((error > allowed).sum())
+        self._count += error.numel()
+        self.max_abs = max(self.max_abs, float(error.max()))
+        self._error2 += float((error * error).sum())
+        self._delta2 += float((delta * delta).sum())
+        self._theirs += float(((m - w) * delta).sum())
+        self._ours += float(((ours - w) * delta).sum())
+        lean = (m - ours) * delta
+        self._lean += float(lean.sum())
+        self._lean2 += float((lean * lean).sum())
+
+    @property
+    def rel_error(self) -> float:
+        if self._error2 == 0:
+            return 0.0
+        return math.sqrt(self._error2 / self._delta2) if self._delta2 else math.inf
+
+    @property
+    def wrong(self) -> bool:
+        leaning = abs(self._lean) > 6 * math.sqrt(self._lean2) + _BIAS * self._delta2
+        return self._outside > 0 or leaning
+
+    def describe(self) -> str:
+        text = f"{self._outside:,} of {self._count:,} values lie outside the rounding of the dtype"
+        if self._ours > 0:
+            factor = self._theirs / self._ours
+            if abs(factor - 1) > 0.005:
+                text += f"; it looks like the change was applied with the factor {factor:.3g}"
+        return text

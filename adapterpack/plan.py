@@ -1,0 +1,174 @@
+"""Which base tensors an adapter changes, and how: the one plan that merge writes and verify holds it to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adapterpack.adapter import Adapter, Change, Kind, Method, Request
+from adapterpack.backend import Array, Backend
+from adapterpack.base import Base
+from adapterpack.errors import InvalidFile, LossRefused, Unsupported, WrongBase
+from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
+from adapterpack.tensor import BF16, F16, F32, Tensor
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of one base tensor, and how that tensor lies."""
+
+    change: Change
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to a base.
+
+    Attributes:
+        steps: Name on disk to its changes, in order.
+        head: Tied embeddings that may have to part: the output embeddings' name on disk and changes,
+            beginning from the input embeddings; None where nothing is tied or both stay one.
+        modules: How many modules are changed.
+    """
+
+    steps: Mapping[str, tuple[Step, ...]]
+    head: tuple[str, tuple[Step, ...]] | None
+    modules: int
+
+
+def targets(adapters: Iterable[Adapter]) -> list[str]:
+    """The base tensors that adapters name, for `Base.bind`."""
+    return [t for a in adapters for t in (*(f"{m}.weight" for m in a.modules), *a.replaced)]
+
+
+def make(
+    adapters: Sequence[tuple[Method, Adapter]],
+    base: Base,
+    xp: Backend,
+    *,
+    weights: Sequence[float] | None = None,
+) -> Plan:
+    """Plan the merge of adapters into a base, one after the other.
+
+    Args:
+        weights: One factor for each adapter's change; only changes that are added can have one.
+
+    Raises:
+        WrongBase: the base lacks modules, or their shapes are others; all are named.
+        LossRefused: parameters of an adapter would go unused; all are named.
+        Unsupported: weights of a dtype that nothing can be added to.
+    """
+    base.bind(targets(a for _, a in adapters))
+    steps: dict[str, list[Step]] = {}
+    modules: set[str] = set()
+    for n, (method, adapter) in enumerate(adapters):
+        weight = 1.0 if weights is None else weights[n]
+        _refuse_unmatched(adapter, base)
+        used: set[str] = set()
+        for change in method.changes(adapter, Request(xp=xp, shapes=base)):
+            used |= change.uses
+            scaled = change if weight == 1.0 else _scaled(change, weight)
+            tensor = base.tensor(change.target)
+            if tensor.dtype not in (F32, BF16, F16):
+                raise Unsupported(
+                    f"{change.target} of the base is {tensor.dtype}: a quantised base cannot be merged into yet",
+                    hint="merge into the original 16-bit model",
+                )
+            kind = change.place(tensor.shape, base.conv1d(change.module))
+            steps.setdefault(_disk_name(change.target, base), []).append(Step(scaled, kind))
+            modules.add(change.module)
+        _refuse_unused(adapter, used)
+    return _part_tied({name: tuple(s) for name, s in steps.items()}, base, len(modules))
+
+
+def _disk_name(target: str, base: Base) -> str:
+    return base.on_disk(target) or base.head
+
+
+def _refuse_unmatched(adapter: Adapter, base: Base) -> None:
+    missing = [t for t in targets([adapter]) if not base.has(t)]
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise WrongBase(
+            f"the base lacks {len(missing)} tensors that the adapter changes: {shown}",
+            hint=f"the adapter says its base is {adapter.config.get('base_model_name_or_path')!r}",
+        )
+
+
+def _refuse_unused(adapter: Adapter, used: set[str]) -> None:
+    unused = sorted(adapter.tensors().keys() - used)
+    if unused:
+        shown = ", ".join(unused[:_SHOWN]) + (", ..." if len(unused) > _SHOWN else "")
+        raise LossRefused(
+            f"{len(unused)} tensors of the adapter would go unused: {shown}",
+            hint="they belong to a variant or version that is not known here; merge with what wrote them",
+        )
+
+
+def _scaled(change: Change, weight: float) -> Change:
+    if isinstance(change, LowRankChange | VectorChange):
+        return replace(change, scale=change.scale * weight)
+    raise Unsupported(f"{change.target} is not merely added to: --weight has no meaning for it")
+
+
+def _part_tied(steps: dict[str, tuple[Step, ...]], base: Base, modules: int) -> Plan:
+    """Let tied embeddings part where the adapter treats input and output differently.
+
+    The trained model computes with W + delta on the side that was adapted and with W on the other. (PEFT
+    merges into the shared tensor, which changes the other side too.) Trained token rows are both sides'.
+    """
+    embedding, head = base.embedding, base.head
+    if not base.tied or embedding is None or not ({embedding, head} & steps.keys()):
+        return Plan(steps, None, modules)
+    rows = tuple(s for s in steps.get(embedding, ()) if _is_rows(s.change))
+    head_steps = rows + steps.pop(head, ())
+    if head_steps == steps.get(embedding, ()):
+        if head in base.tensors:
+            steps[head] = head_steps
+        return Plan(steps, None, modules)
+    return Plan(steps, (head, head_steps), modules)
+
+
+def _is_rows(change: Change) -> bool:
+    return isinstance(change, ReplaceChange) and change.replaced.rows is not None
+
+
+def compute(tensor: Tensor, steps: Sequence[Step], xp: Backend, *, once: bool = False) -> Array:
+    """The changed tensor, in the dtype of the base.
+
+    Args:
+        tensor: As the base has it.
+        once: f64 throughout and one rounding at the end; else PEFT's own arithmetic.
+
+    Raises:
+        InvalidFile: the result is not finite: NaN in the adapter, or too large for the dtype.
+    """
+    w = xp.native(tensor)
+    for step in steps:
+        change = step.change.load(xp)
+        # PEFT rounds after each change, for each is stored before the next one comes.
+        w = change.exact(w, step.kind) if once else xp.round(change.apply(w, step.kind), tensor.dtype)
+    w = xp.round(w, tensor.dtype)
+    if not bool(xp.torch.isfinite(w).all()):
+        raise InvalidFile(
+            f"merging {steps[0].change.module} gives values that are NaN, infinite or too large for {tensor.dtype}",
+            hint="adapterpack check names the broken tensors",
+        )
+    return w
+
+
+def exact(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:
+    """The changed tensor in f64, not rounded."""
+    w = xp.native(tensor).double()
+    for step in steps:
+        w = step.change.load(xp).exact(w, step.kind)
+    return w
+
+
+def noise(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:
+    """How far f32 arithmetic may stray from `exact`, element by element, f32."""
+    w = xp.native(tensor)
+    return sum((s.change.load(xp).noise(w, s.kind) for s in steps), start=xp.torch.zeros(tensor.shape, device=xp.device))

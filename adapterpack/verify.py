@@ -1,0 +1,355 @@
+"""Do two adapters, or an adapter and a merged model, compute the same change of W?"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterpack import containers, hub, merged_model, methods, plan
+from adapterpack.adapter import (
+    EQUIVALENT_ERROR,
+    Adapter,
+    Change,
+    Effect,
+    Finding,
+    Loaded,
+    Method,
+    Request,
+)
+from adapterpack.backend import Backend
+from adapterpack.base import CONFIG, INDEX, SINGLE, Base
+from adapterpack.errors import UsageError, WrongBase
+from adapterpack.methods import _lowrank
+from adapterpack.methods._changes import ReplaceChange
+from adapterpack.tensor import DType, Shape
+
+if TYPE_CHECKING:
+    from adapterpack.backend import Array
+
+Progress = Callable[[str, int, int], None]
+_TILE_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """How far two changes of one base tensor lie apart.
+
+    Attributes:
+        name: The base tensor.
+        rel_error: Frobenius norm of the difference over that of A's change, in f64; 0/0 is 0.
+        max_abs_error: Largest absolute difference of an element.
+    """
+
+    name: str
+    max_abs_error: float
+    rel_error: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        equal: Every error within the bound and no findings.
+        max_error: The bound: largest rel_error allowed.
+        modules: One entry for each changed base tensor, worst first.
+        findings: Missing modules, other shapes, NaN.
+        notes: How it was compared, where that is not plain.
+    """
+
+    equal: bool
+    max_error: float
+    max_abs_error: float
+    max_rel_error: float
+    modules: tuple[ModuleError, ...]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    base: str | Path | None = None,
+    max_error: float = EQUIVALENT_ERROR,
+    device: str = "auto",
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare adapter A, the reference, with adapter B, or with the merged model B of `base`.
+
+    Args:
+        a: The reference adapter.
+        b: An adapter, or a model directory when `base` is given.
+        base: The base model; needed for a merged model and for changes that depend on W (DoRA).
+        max_error: Largest relative error of a module that counts as equal.
+        device: Where the maths runs.
+        subfolder: Which adapter of A, if there are several.
+
+    Raises:
+        UsageError: B is a model and no base is given.
+        WrongBase, InvalidFile, Unsupported: one of them cannot be read.
+    """
+    xp = Backend(device)
+    with ExitStack() as stack:
+        source = stack.enter_context(containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle))
+        method_a, adapter_a = methods.parse(source)
+        model = _open_base(base, stack)
+        if _is_model(Path(b)):
+            if model is None:
+                raise UsageError(f"{b} is a model: name what it was merged into", hint="--base BASE")
+            merged = stack.enter_context(Base(Path(b)))
+            merge_plan = plan.make([(method_a, adapter_a)], model, xp)
+            tensor_errors, findings = merged_model.compare(
+                merge_plan, model, merged, xp, max_error=max_error, progress=progress
+            )
+            errors = [ModuleError(e.name, e.max_abs_error, e.rel_error) for e in tensor_errors]
+            note = "errors of a merged model hold the rounding of its dtype; findings are what goes beyond it"
+            return _verdict(errors, findings, [note], bound=math.inf)
+        other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle))
+        method_b, adapter_b = methods.parse(other)
+        request = Request(xp=xp, shapes=model, max_error=max_error)
+        if model is not None:
+            model.bind(plan.targets([adapter_a, adapter_b]))
+        errors, findings, notes = compare(
+            (method_a, adapter_a), (method_b, adapter_b), request, model=model, progress=progress
+        )
+        return _verdict(errors, findings, notes, bound=max_error)
+
+
+def _open_base(base: str | Path | None, stack: ExitStack) -> Base | None:
+    return None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
+
+
+def _is_model(path: Path) -> bool:
+    return (path / CONFIG).exists() and ((path / SINGLE).exists() or (path / INDEX).exists())
+
+
+def _verdict(errors: list[ModuleError], findings: list[Finding], notes: list[str], *, bound: float) -> Verification:
+    worst = sorted(errors, key=lambda e: -e.rel_error if e.rel_error == e.rel_error else -math.inf)
+    max_rel = max((e.rel_error for e in errors), default=0.0)
+    max_abs = max((e.max_abs_error for e in errors), default=0.0)
+    return Verification(
+        equal=not findings and max_rel <= bound,
+        max_error=bound,
+        max_abs_error=max_abs,
+        max_rel_error=max_rel,
+        modules=tuple(worst),
+        findings=tuple(findings),
+        notes=tuple(notes),
+    )
+
+
+# -- adapter against adapter ---------------------------------------------------------------------------
+
+
+def compare(
+    x: tuple[Method, Adapter],
+    y: tuple[Method, Adapter],
+    request: Request,
+    *,
+    model: Base | None = None,
+    largest: bool = True,
+    progress: Progress | None = None,
+) -> tuple[list[ModuleError], list[Finding], list[str]]:
+    """Errors of every base tensor that x (the reference) or y changes, findings, and notes.
+
+    Args:
+        model: Weights for changes that depend on W; without it those are compared by parameter.
+        largest: Find the largest absolute difference too, which takes the dense change tile by tile.
+    """
+    ours, theirs = _grouped(*x, request), _grouped(*y, request)
+    if request.shapes is None:
+        # VeRA's file does not say how many inputs a module has; the other side may.
+        if x[1].method == "vera" != y[1].method:
+            ours = _grouped(*x, replace(request, shapes=_ShapesOf(theirs)))
+        elif y[1].method == "vera" != x[1].method:
+            theirs = _grouped(*y, replace(request, shapes=_ShapesOf(ours)))
+    errors: list[ModuleError] = []
+    findings: list[Finding] = []
+    by_parameter: list[str] = []
+    targets = list(dict.fromkeys([*ours, *theirs]))
+    for n, target in enumerate(targets):
+        if progress:
+            progress("compare", n, len(targets))
+        if target not in ours or target not in theirs:
+            side = "B" if target not in theirs else "A"
+            findings.append(Finding("missing-module", target, f"{side} does not change it"))
+            continue
+        pair = _Pair(target, ours[target], theirs[target], request.xp)
+        mismatch = pair.mismatch()
+        if mismatch:
+            findings.append(Finding("other-shape", target, mismatch))
+            continue
+        error = pair.error(model, largest)
+        if pair.depends_on_weights and model is None:
+            by_parameter.append(target)
+        if error is None:
+            findings.append(Finding("not-comparable", target, "takes the base weights to compare", "--base BASE"))
+            continue
+        if not math.isfinite(error.rel_error):
+            infinite = error.rel_error == math.inf
+            reason = "A does not change it, B does" if infinite else "has NaN or infinite values"
+            findings.append(Finding("difference", target, reason))
+        errors.append(error)
+    if progress:
+        progress("compare", len(targets), len(targets))
+    notes = []
+    if by_parameter:
+        notes.append(
+            f"{len(by_parameter)} modules depend on the base weights (DoRA): without --base they were compared"
+            " parameter by parameter"
+        )
+    return errors, findings, notes
+
+
+class _ShapesOf:
+    """The shapes that another adapter's changes have, as a base would tell them."""
+
+    dtype: DType | None = None
+
+    def __init__(self, changes: Mapping[str, list[Change]]) -> None:
+        self._shapes = {t: c[-1].shape for t, c in changes.items()}
+
+    def shape(self, tensor: str) -> Shape:
+        if tensor not in self._shapes:
+            raise WrongBase(f"nothing says how many inputs {tensor} has", hint="--base BASE")
+        return self._shapes[tensor]
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._shapes
+
+    def conv1d(self, module: str) -> bool | None:
+        # The changes of an adapter are logical, (out, in).
+        return False
+
+
+def _grouped(method: Method, adapter: Adapter, request: Request) -> dict[str, list[Change]]:
+    grouped: dict[str, list[Change]] = {}
+    for change in method.changes(adapter, request):
+        grouped.setdefault(change.target, []).append(change)
+    return grouped
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The changes that two adapters make to one base tensor."""
+
+    target: str
+    x: list[Change]
+    y: list[Change]
+    xp: Backend
+
+    def mismatch(self) -> str | None:
+        x, y = self.x[-1].shape, self.y[-1].shape
+        if x != y:
+            return f"A changes {x}, B {y}"
+        if [c.effect is Effect.REPLACE for c in self.x] != [c.effect is Effect.REPLACE for c in self.y]:
+            return "one replaces the tensor, the other does not"
+        return None
+
+    def _all(self, effect: Effect) -> bool:
+        return all(c.effect is effect for c in (*self.x, *self.y))
+
+    @property
+    def depends_on_weights(self) -> bool:
+        return any(c.effect is Effect.TRANSFORM for c in (*self.x, *self.y))
+
+    def error(self, model: Base | None, largest: bool) -> ModuleError | None:
+        """How far the two lie apart; None if it takes W to know."""
+        if all(c.effect is Effect.ADD for c in (*self.x, *self.y)):
+            return self._additive(largest)
+        return self._through(model) if model is not None else self._by_parts()
+
+    def _additive(self, largest: bool) -> ModuleError:
+        xs, ys = ([c.load(self.xp) for c in side] for side in (self.x, self.y))
+        low_x, low_y = xs[0].low_rank(), ys[0].low_rank()
+        difference = reference = None
+        if len(xs) == len(ys) == 1 and low_x is not None and low_y is not None:
+            difference = _lowrank.distance(self.xp, low_x, low_y)
+            reference = _lowrank.norm(self.xp, low_x)
+            if not largest:
+                return ModuleError(self.target, math.nan, _ratio(difference, reference))
+        squares_d = squares_r = max_abs = 0.0
+        for start in range(0, self.x[0].shape[0], _TILE_ROWS):
+            rows = slice(start, start + _TILE_ROWS)
+            dx, dy = _delta(xs, rows), _delta(ys, rows)
+            d = dx - dy
+            max_abs = _max(max_abs, float(d.abs().max()))
+            squares_d += float((d * d).sum())
+            squares_r += float((dx * dx).sum())
+        if difference is None or reference is None:
+            difference, reference = math.sqrt(squares_d), math.sqrt(squares_r)
+        return ModuleError(self.target, max_abs, _ratio(difference, reference))
+
+    def _by_parts(self) -> ModuleError | None:
+        """The worst error of a parameter: all that can be said without W."""
+        error = ModuleError(self.target, 0.0, 0.0)
+        if len(self.x) != len(self.y):
+            return None
+        for x, y in zip(self.x, self.y, strict=True):
+            ours, theirs = x.load(self.xp).parts(), y.load(self.xp).parts()
+            if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
+                return None
+            for name, part in ours.items():
+                e = _dense_error(self.target, part, theirs[name], part)
+                error = ModuleError(
+                    self.target,
+                    _max(error.max_abs_error, e.max_abs_error),
+                    _max(error.rel_error, e.rel_error),
+                )
+        return error
+
+    def _through(self, model: Base) -> ModuleError:
+        tensor = model.tensor(self.target)
+        w = self.xp.native(tensor).double()
+        results = []
+        for side in (self.x, self.y):
+            changed = w
+            for change in side:
+                kind = change.place(tensor.shape, model.conv1d(change.module))
+                changed = change.load(self.xp).exact(changed, kind)
+            results.append(changed)
+        return _dense_error(self.target, results[0], results[1], results[0] - w)
+
+
+def _delta(changes: list[Loaded], rows: slice) -> Array:
+    """f64, the sum of what is added to these rows."""
+    deltas = [c.delta(rows) for c in changes]
+    return functools.reduce(operator.add, deltas)
+
+
+def _replaced_rows(changes: list[Change]) -> list[tuple[int, ...] | None]:
+    return [c.replaced.rows for c in changes if isinstance(c, ReplaceChange)]
+
+
+def _dense_error(target: str, x: Array, y: Array, reference: Array) -> ModuleError:
+    d = x.double() - y.double()
+    max_abs = float(d.abs().max()) if d.numel() else 0.0
+    return ModuleError(target, max_abs, _ratio(float(d.norm()), float(reference.double().norm())))
+
+
+def _ratio(difference: float, reference: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / reference if reference else math.inf
+
+
+def _max(a: float, b: float) -> float:
+    """The larger one; NaN wins, so that it is seen."""
+    return b if b != b or b > a else a
+
+
+def worst(errors: Iterable[ModuleError]) -> float:
+    """The largest relative error; NaN if one is."""
+    result = 0.0
+    for e in errors:
+        result = _max(result, e.rel_error)
+    return result
