@@ -147,6 +147,10 @@ class Adapter:
             for entry in entries:
                 yield entry.param
 
+    def targets(self) -> list[str]:
+        """The base tensors that it names: the weight of each module, and what is replaced."""
+        return [*(f"{m}.weight" for m in self.modules), *self.replaced]
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by key, `extra` too."""
         return {p.key: p.tensor for p in self.params()} | dict(self.extra)

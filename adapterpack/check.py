@@ -146,11 +146,10 @@ def _method_findings(method: Method, a: Adapter, model: Base | None) -> Iterator
 def _base_findings(method: Method, a: Adapter, model: Base) -> Iterator[Finding]:
     """Keys and shapes that the base lacks."""
     from adapterpack.adapter import Request
-    from adapterpack.plan import targets
 
-    model.bind(targets([a]))
+    model.bind(a.targets())
     fix = f"the adapter says its base is {a.config.get('base_model_name_or_path')!r}"
-    missing = [t for t in targets([a]) if not model.has(t)]
+    missing = [t for t in a.targets() if not model.has(t)]
     for target in missing:
         yield Finding("not-in-base", target, "the base has no such tensor", fix)
     if missing or not model.tensors:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterpack import containers, methods
+from adapterpack import containers, hub, methods
 from adapterpack.adapter import Adapter, Method
+from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.tensor import Tensor
@@ -53,8 +54,17 @@ class Inspection:
     notes: tuple[str, ...]
 
 
-def inspect(source: str | Path, *, subfolder: str | None = None, allow_pickle: bool = False) -> Inspection:
+def inspect(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+) -> Inspection:
     """Look at an adapter.
+
+    Args:
+        base: Say whether this base has the adapter's modules, from its headers or config.json.
 
     Raises:
         InvalidFile: it cannot be read at all.
@@ -64,7 +74,19 @@ def inspect(source: str | Path, *, subfolder: str | None = None, allow_pickle: b
             method, adapter = methods.parse(c)
         except Unsupported as e:
             return _opaque(c, e.message)
-        return _known(c, method, adapter)
+        notes = [] if base is None else [_against(adapter, hub.resolve_base(str(base)))]
+        return _known(c, method, adapter, notes)
+
+
+def _against(a: Adapter, path: Path) -> str:
+    """One line on whether a base has what the adapter changes."""
+    with Base(path, weights=False) as model:
+        wanted = a.targets()
+        model.bind(wanted)
+        missing = [t for t in wanted if not model.has(t)]
+    if missing:
+        return f"the base lacks {len(missing)} of {len(wanted)} tensors that it changes: {', '.join(missing[:5])}"
+    return f"the base has all {len(wanted)} tensors that it changes"
 
 
 def _training_state(c: Checkpoint) -> tuple[str, ...]:
@@ -106,8 +128,7 @@ def _opaque(c: Checkpoint, reason: str) -> Inspection:
     )
 
 
-def _known(c: Checkpoint, method: Method, a: Adapter) -> Inspection:
-    notes = []
+def _known(c: Checkpoint, method: Method, a: Adapter, notes: list[str]) -> Inspection:
     try:
         ranks = dict(sorted(Counter(method.ranks(a).values()).items()))
     except InvalidFile as e:
@@ -155,6 +176,7 @@ def _savings(c: Checkpoint, a: Adapter) -> Iterable[str]:
         n = sizes.get("vera_A", 0) + sizes.get("vera_B", 0)
         yield f"{n:,} bytes of projections, if their seed gives them back: adapterpack convert --to seed"
     if "saved embeddings" in sizes:
-        yield f"{sizes['saved embeddings']:,} bytes of saved embeddings, if they equal the base's: compress --base BASE"
+        n = sizes["saved embeddings"]
+        yield f"{n:,} bytes of saved embeddings, if they equal the base's: adapterpack compress --base BASE"
     if _training_state(c):
         yield "training state: it is left behind by convert and compress"

@@ -194,12 +194,17 @@ class _Job:
         """Input and output embeddings that were tied and really differ now, computed ahead of the header."""
         if self._plan.head is None:
             return {}
-        base, (head, head_steps) = self._base, self._plan.head
+        base, head = self._base, self._plan.head.name
         embedding = base.embedding
         assert embedding is not None
         source = base.tensors[embedding]
-        ours = self._computed(source, self._plan.steps.get(embedding, ()))
+        ours_steps, head_steps = self._plan.steps.get(embedding, ()), self._plan.head.steps
+        ours = self._computed(source, ours_steps)
         theirs = self._computed(source, head_steps)
+        if self._plan.head.one:
+            exact, other = (plan.exact(source, steps, self._xp) for steps in (ours_steps, head_steps))
+            if plan.rounding_apart(exact, other, self._xp.native(source)):
+                theirs = ours
         if ours.equals(theirs):
             return {embedding: ours} | ({head: theirs} if head in base.tensors else {})
         self.total += head not in base.tensors

@@ -57,7 +57,7 @@ def compare(
     wanted = {name: (base.tensors[name], steps) for name, steps in p.steps.items()}
     if p.head is not None:
         assert base.embedding is not None
-        wanted[p.head[0]] = (base.tensors[base.embedding], p.head[1])
+        wanted[p.head.name] = (base.tensors[base.embedding], p.head.steps)
     findings: list[Finding] = []
     errors: list[TensorError] = []
     names = [n for n in dict.fromkeys([*base.tensors, *wanted, *merged.tensors]) if only is None or n in only]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapterpack.adapter import Adapter, Change, Kind, Method, Request
+from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Change, Kind, Method, Request
 from adapterpack.backend import Array, Backend
 from adapterpack.base import Base
 from adapterpack.errors import InvalidFile, LossRefused, Unsupported, WrongBase
@@ -24,24 +24,33 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Head:
+    """Output embeddings that were tied to the input embeddings and may have to part from them.
+
+    Attributes:
+        name: On disk.
+        steps: Their changes, beginning from the input embeddings.
+        one: Were both trained as one (`ensure_weight_tying`)? Then they differ by rounding only.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    one: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """What happens to a base.
 
     Attributes:
         steps: Name on disk to its changes, in order.
-        head: Tied embeddings that may have to part: the output embeddings' name on disk and changes,
-            beginning from the input embeddings; None where nothing is tied or both stay one.
+        head: None where nothing was tied or both stay one tensor.
         modules: How many modules are changed.
     """
 
     steps: Mapping[str, tuple[Step, ...]]
-    head: tuple[str, tuple[Step, ...]] | None
+    head: Head | None
     modules: int
-
-
-def targets(adapters: Iterable[Adapter]) -> list[str]:
-    """The base tensors that adapters name, for `Base.bind`."""
-    return [t for a in adapters for t in (*(f"{m}.weight" for m in a.modules), *a.replaced)]
 
 
 def make(
@@ -61,7 +70,7 @@ def make(
         LossRefused: parameters of an adapter would go unused; all are named.
         Unsupported: weights of a dtype that nothing can be added to.
     """
-    base.bind(targets(a for _, a in adapters))
+    base.bind(t for _, a in adapters for t in a.targets())
     steps: dict[str, list[Step]] = {}
     modules: set[str] = set()
     for n, (method, adapter) in enumerate(adapters):
@@ -81,7 +90,8 @@ def make(
             steps.setdefault(_disk_name(change.target, base), []).append(Step(scaled, kind))
             modules.add(change.module)
         _refuse_unused(adapter, used)
-    return _part_tied({name: tuple(s) for name, s in steps.items()}, base, len(modules))
+    one = any(a.config.get("ensure_weight_tying") is True for _, a in adapters)
+    return _part_tied({name: tuple(s) for name, s in steps.items()}, base, len(modules), one)
 
 
 def _disk_name(target: str, base: Base) -> str:
@@ -89,7 +99,7 @@ def _disk_name(target: str, base: Base) -> str:
 
 
 def _refuse_unmatched(adapter: Adapter, base: Base) -> None:
-    missing = [t for t in targets([adapter]) if not base.has(t)]
+    missing = [t for t in adapter.targets() if not base.has(t)]
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise WrongBase(
@@ -114,11 +124,12 @@ def _scaled(change: Change, weight: float) -> Change:
     raise Unsupported(f"{change.target} is not merely added to: --weight has no meaning for it")
 
 
-def _part_tied(steps: dict[str, tuple[Step, ...]], base: Base, modules: int) -> Plan:
+def _part_tied(steps: dict[str, tuple[Step, ...]], base: Base, modules: int, one: bool) -> Plan:
     """Let tied embeddings part where the adapter treats input and output differently.
 
     The trained model computes with W + delta on the side that was adapted and with W on the other. (PEFT
-    merges into the shared tensor, which changes the other side too.) Trained token rows are both sides'.
+    merges into the shared tensor, which changes the other side too, or both twice over.) Trained token
+    rows are both sides'.
     """
     embedding, head = base.embedding, base.head
     if not base.tied or embedding is None or not ({embedding, head} & steps.keys()):
@@ -129,7 +140,7 @@ def _part_tied(steps: dict[str, tuple[Step, ...]], base: Base, modules: int) -> 
         if head in base.tensors:
             steps[head] = head_steps
         return Plan(steps, None, modules)
-    return Plan(steps, (head, head_steps), modules)
+    return Plan(steps, Head(head, head_steps, one and head_steps != rows and embedding in steps), modules)
 
 
 def _is_rows(change: Change) -> bool:
@@ -171,4 +182,11 @@ def exact(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:
 def noise(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:
     """How far f32 arithmetic may stray from `exact`, element by element, f32."""
     w = xp.native(tensor)
-    return sum((s.change.load(xp).noise(w, s.kind) for s in steps), start=xp.torch.zeros(tensor.shape, device=xp.device))
+    return sum(
+        (s.change.load(xp).noise(w, s.kind) for s in steps), start=xp.torch.zeros(tensor.shape, device=xp.device)
+    )
+
+
+def rounding_apart(x: Array, y: Array, w: Array) -> bool:
+    """Are two f64 results of one weight the same but for the order of f32 sums?"""
+    return float((x - y).norm()) <= EQUIVALENT_ERROR * float((x - w.double()).norm())

@@ -117,7 +117,7 @@ def verify(
         method_b, adapter_b = methods.parse(other)
         request = Request(xp=xp, shapes=model, max_error=max_error)
         if model is not None:
-            model.bind(plan.targets([adapter_a, adapter_b]))
+            model.bind([*adapter_a.targets(), *adapter_b.targets()])
         errors, findings, notes = compare(
             (method_a, adapter_a), (method_b, adapter_b), request, model=model, progress=progress
         )
@@ -273,6 +273,8 @@ class _Pair:
         low_x, low_y = xs[0].low_rank(), ys[0].low_rank()
         difference = reference = None
         if len(xs) == len(ys) == 1 and low_x is not None and low_y is not None:
+            if _lowrank.same(self.xp, low_x, low_y):
+                return ModuleError(self.target, 0.0, 0.0)
             difference = _lowrank.distance(self.xp, low_x, low_y)
             reference = _lowrank.norm(self.xp, low_x)
             if not largest:

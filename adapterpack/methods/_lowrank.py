@@ -22,6 +22,12 @@ def norm(xp: Backend, f: LowRank) -> float:
     return abs(f.scale) * float(_core(xp, f.b.double(), f.a.double())[1].norm())
 
 
+def same(xp: Backend, x: LowRank, y: LowRank) -> bool:
+    """The very same finite factors."""
+    equal = x.scale == y.scale and xp.torch.equal(x.b, y.b) and xp.torch.equal(x.a, y.a)
+    return equal and bool(x.b.isfinite().all()) and bool(x.a.isfinite().all())
+
+
 def distance(xp: Backend, x: LowRank, y: LowRank) -> float:
     """Frobenius norm of the difference of two changes of one shape, from QR of the stacked factors."""
     b = xp.torch.cat([x.b.double() * x.scale, y.b.double() * -y.scale], dim=1)

@@ -1,0 +1,5 @@
+"""`python -m adapterpack`."""
+
+from adapterpack.cli import main
+
+main()

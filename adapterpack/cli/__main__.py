@@ -1,0 +1,5 @@
+"""`python -m adapterpack.cli`."""
+
+from adapterpack.cli import main
+
+main()

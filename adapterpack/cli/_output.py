@@ -1,0 +1,125 @@
+"""What all verbs share: options, JSON, tables and progress. stdout is the result, stderr is the talk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+Progress = Callable[[str, int, int], None]
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, in reading order."""
+
+    def apply(f: F) -> F:
+        for decorator in reversed(decorators):
+            f = decorator(f)
+        return f
+
+    return apply
+
+
+output_options = options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
+    click.option("-q", "--quiet", is_flag=True, help="Print the resulting path at most."),
+)
+source_options = options(
+    click.option("--subfolder", metavar="NAME", help="One adapter of several; '.' is the one at the top."),
+    click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin, tensors only, in a separate process."),
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N or mps."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, with bytes; write nothing.")
+
+
+def error_bound(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """A relative error: finite and not negative."""
+    if value is not None and not 0 <= value < math.inf:
+        raise click.BadParameter("a number of 0 or more is wanted", ctx, param)
+    return value
+
+
+def print_json(verb: str, result: Any) -> None:
+    """The result of a verb as one JSON object; non-finite numbers are null."""
+    record = {"schema": f"adapterpack.{verb}/1", **_plain(dataclasses.asdict(result))}
+    click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, *, right: Sequence[int] = ()) -> None:
+    """A plain table on stdout, for people: no frame, columns aligned, wide names never cut."""
+    lines = [list(header), *map(list, rows)] if header else [list(r) for r in rows]
+    if not lines:
+        return
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for n, line in enumerate(lines):
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        text = "  ".join(cells).rstrip()
+        click.echo(click.style(text, bold=True) if header and n == 0 else text)
+
+
+def say(lines: Sequence[str]) -> None:
+    """Notes on stderr."""
+    for line in lines:
+        click.echo(f"note: {line}", err=True)
+
+
+def size(n: int) -> str:
+    """Bytes for people, and exactly."""
+    value, unit = float(n), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{n} B" if unit == "B" else f"{value:.2f} {unit} ({n:,} B)"
+
+
+def ratio(bytes_out: int, bytes_in: int) -> str:
+    """How much smaller or larger."""
+    if not bytes_in:
+        return "-"
+    return f"{100 * bytes_out / bytes_in:.1f} %"
+
+
+def number(x: float) -> str:
+    """An error for people."""
+    return "0" if x == 0 else f"{x:.2e}"
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress | None]:
+    """A bar on stderr, none where nobody watches or where the work is short."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report

@@ -1,0 +1,94 @@
+"""`adapterpack convert`."""
+
+from __future__ import annotations
+
+import click
+
+from adapterpack.cli import _output as out
+from adapterpack.convert import Conversion, convert
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option("--to", metavar="TARGET", help="full-logits, topk, projection, seed or lora.")
+@click.option("--dtype", metavar="D", help="keep, float32, bfloat16 or float16.")
+@click.option("--base", metavar="BASE", help="The base model; only its shapes are read.")
+@click.option("--base-dtype", metavar="D", help="dtype of the base in training, where BASE does not tell.")
+@click.option(
+    "--max-error", type=float, metavar="E", callback=out.error_bound, help="Largest relative error allowed."
+)
+@click.option("--warm-start", is_flag=True, help="With --to full-logits: make up the logits that top-k dropped.")
+@out.device_option
+@out.source_options
+@out.overwrite_option
+@out.dry_run_option
+@out.output_options
+def command(
+    source: str,
+    destination: str,
+    to: str | None,
+    dtype: str | None,
+    base: str | None,
+    base_dtype: str | None,
+    max_error: float | None,
+    warm_start: bool,
+    device: str,
+    subfolder: str | None,
+    allow_pickle: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Convert an adapter to another encoding, method or dtype.
+
+    \b
+    VB-LoRA  full-logits -> topk, lora;  topk -> lora, full-logits (with --warm-start)
+    VeRA     projection -> seed, lora;   seed -> projection, lora (lora takes --base)
+    all      --dtype
+
+    What is lost is measured on the change of W. Beyond 5e-6 it is refused (exit code 4), save within
+    --max-error.
+    """
+    with out.progress(quiet or as_json) as progress:
+        result = convert(
+            source,
+            destination,
+            to=to,
+            dtype=None if dtype == "keep" else dtype,
+            base=base,
+            base_dtype=base_dtype,
+            max_error=max_error,
+            warm_start=warm_start,
+            device=device,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    print_conversion("convert", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+
+def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """What `convert` and `compress` print."""
+    if as_json:
+        out.print_json(verb, r)
+        return
+    if quiet:
+        click.echo(r.output)
+        return
+    form = r.method + (f" ({r.encoding})" if r.encoding != r.method else "")
+    rows = [
+        ["output" if not dry_run else "would write", r.output],
+        ["form", form],
+        ["bytes in", out.size(r.bytes_in)],
+        ["bytes out", f"{out.size(r.bytes_out)}, {out.ratio(r.bytes_out, r.bytes_in)}"],
+        ["grade", r.grade],
+        ["error", out.number(r.max_rel_error) + ("" if r.grade == "lossless" else " (relative, worst module)")],
+    ]
+    if r.dropped:
+        rows.append(["dropped", "; ".join(r.dropped)])
+    out.table(rows)
+    out.say(r.notes)
