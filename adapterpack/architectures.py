@@ -27,7 +27,7 @@ def is_conv1d(config: Config, module: str) -> bool | None:
     """Is the module a Conv1D? None if there is no config to ask."""
     if not config:
         return None
-    return config.get("model_type") in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D_NAMES
+    return str(config.get("model_type")) in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D_NAMES
 
 
 def text_config(config: Config) -> Config:

@@ -38,15 +38,18 @@ class Backend:
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        jobs: CPU threads; None leaves it to torch.
 
     Raises:
         UsageError: there is no such device here.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", jobs: int | None = None) -> None:
         import torch
 
         self.torch = torch
+        if jobs is not None:
+            torch.set_num_threads(jobs)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

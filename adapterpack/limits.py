@@ -26,7 +26,9 @@ SHARDS = 10_000
 PATTERN_CHARS = 2_000
 """Longest regular expression taken from a file."""
 PATTERN_SECONDS = 1.0
-"""Longest time that one regular expression from a file may run."""
+"""Longest time that one regular expression from a file may run on one name."""
+PATTERNS_SECONDS = 10.0
+"""Longest time that all expressions of one field may run on all names."""
 PATTERNS = 10_000
 """Most patterns in one rank_pattern or alpha_pattern."""
 LORA_RANK = 65_536

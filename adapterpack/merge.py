@@ -78,6 +78,7 @@ def merge(
     rounding: str = "peft",
     verify: str = "sample",
     device: str = "auto",
+    jobs: int | None = None,
     subfolder: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
@@ -95,6 +96,7 @@ def merge(
         verify: `sample` reads three merged tensors back and compares them on another path; `full` all of them;
             `off` none.
         device: Where the maths runs.
+        jobs: CPU threads for it; None leaves it to torch.
         dry_run: Plan only; nothing is written.
 
     Raises:
@@ -117,7 +119,7 @@ def merge(
         for source in sources:
             checkpoint = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
             parsed.append(methods.parse(stack.enter_context(checkpoint)))
-        xp = Backend(device)
+        xp = Backend(device, jobs)
         p = plan.make(parsed, base, xp, weights=weights)
         job = _Job(base, p, xp, once=rounding == "once", progress=progress)
         carried, left = _other_files(base)

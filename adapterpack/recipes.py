@@ -47,6 +47,7 @@ class Recipe:
         through: The float32 draws are rounded through this dtype: that of the base in training.
         stored: dtype of the tensors that come out.
         digests: Name to SHA-256 of its bytes; empty where nothing was recorded.
+        keys: Name to the key under which the file had the tensor.
     """
 
     seed: int
@@ -55,6 +56,7 @@ class Recipe:
     through: DType = DTYPES["F32"]
     stored: DType = DTYPES["F32"]
     digests: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def draw(self) -> dict[str, Tensor]:
         """The tensors, by name.
@@ -91,6 +93,7 @@ class Recipe:
             "through": self.through.name,
             "stored": self.stored.name,
             "sha256": dict(self.digests),
+            "keys": dict(self.keys),
         }
         return json.dumps({"version": VERSION, "recipe": recipe}, separators=(",", ":"), sort_keys=True)
 
@@ -115,7 +118,7 @@ def from_metadata(metadata: Mapping[str, str]) -> Recipe | None:
         r: dict[str, Any] = record["recipe"]
         if r["name"] != "uniform" or r["generator"] != "mt19937":
             raise Unsupported(f"{where} has an unknown recipe {r['name']!r:.40}", hint="update adapterpack")
-        draws = tuple(Uniform(str(d["name"]), _shape(d["shape"]), float.fromhex(d["bound"])) for d in r["draws"])
+        draws = tuple(Uniform(str(d["name"]), _shape(d["shape"]), _bound(d["bound"])) for d in r["draws"])
         recipe = Recipe(
             seed=_integer(r["seed"]),
             draws=draws,
@@ -123,13 +126,14 @@ def from_metadata(metadata: Mapping[str, str]) -> Recipe | None:
             through=DTYPES[r["through"]],
             stored=DTYPES[r["stored"]],
             digests={str(k): str(v) for k, v in r["sha256"].items()},
+            keys={str(k): str(v) for k, v in r["keys"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise InvalidFile(f"{where} is not a recipe: {e}") from e
     floats = set(CASTABLE.values())
     if recipe.arithmetic not in (FUSED, TWO_ROUNDINGS) or not {recipe.through, recipe.stored} <= floats:
         raise InvalidFile(f"{where} has an unknown arithmetic or dtype")
-    if set(recipe.digests) != {d.name for d in draws}:
+    if sorted(recipe.digests) != sorted(d.name for d in draws):
         raise InvalidFile(f"{where} does not have one digest for each tensor")
     return recipe
 
@@ -147,6 +151,13 @@ def _shape(value: object) -> tuple[int, int]:
     if not (0 < rows <= limits.DIMENSION and 0 < columns <= limits.DIMENSION):
         raise ValueError(f"{value!r} is not a shape")
     return rows, columns
+
+
+def _bound(value: str) -> float:
+    bound = float.fromhex(value)
+    if not 0 < bound < 1e30:
+        raise ValueError(f"{value!r:.40} is no bound")
+    return bound
 
 
 def mt19937(seed: int) -> np.random.MT19937:

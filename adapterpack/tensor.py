@@ -211,8 +211,25 @@ class _Cast:
         data = self.tensor.source.read(first * old, last * old)
         values = np.frombuffer(data, dtype=numpy_dtype(self.tensor.dtype))
         with np.errstate(over="ignore", invalid="ignore"):
+            if self.tensor.dtype.name == "F64" and self.dtype is BF16:
+                values = _to_odd(values)
             cast = values.astype(numpy_dtype(self.dtype)).tobytes()
         return cast[start - first * new : stop - first * new]
+
+
+def _to_odd(values: Array) -> Array:
+    """f64 as f32, rounded to odd, so that the next rounding alone decides (Boldo and Melquiond 2008).
+
+    ml_dtypes goes from f64 to bf16 by way of f32, which would round twice.
+    """
+    import numpy as np
+
+    f32 = values.astype(np.float32)
+    inexact = (f32 != values) & np.isfinite(f32) & np.isfinite(values)
+    away = np.abs(f32.astype(np.float64)) > np.abs(values)
+    bits = f32.view(np.uint32)
+    bits = np.where(inexact & away, bits - np.uint32(1), bits)
+    return np.where(inexact, bits | np.uint32(1), bits).view(np.float32)
 
 
 def cast(tensor: Tensor, dtype: DType) -> Tensor:

@@ -28,6 +28,7 @@ from adapterpack.merge import Merge, merge
     help="Read merged tensors back and check them before anything is published.",
 )
 @out.device_option
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="CPU threads for the arithmetic.")
 @out.source_options
 @out.overwrite_option
 @out.dry_run_option
@@ -40,6 +41,7 @@ def command(
     rounding: str,
     verify: str,
     device: str,
+    jobs: int | None,
     subfolder: str | None,
     allow_pickle: bool,
     overwrite: bool,
@@ -61,6 +63,7 @@ def command(
             rounding=rounding,
             verify=verify,
             device=device,
+            jobs=jobs,
             subfolder=subfolder,
             allow_pickle=allow_pickle,
             overwrite=overwrite,

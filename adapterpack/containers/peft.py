@@ -126,7 +126,14 @@ def _list(names: list[str]) -> str | None:
 
 
 def _adapters(path: Path) -> list[str]:
-    return sorted(d.name for d in path.iterdir() if d.is_dir() and (d / CONFIG).is_file())
+    return [d.name for d in _entries(path) if d.is_dir() and (d / CONFIG).is_file()]
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError as e:
+        raise InvalidFile(f"cannot read {directory}: {e.strerror}") from e
 
 
 def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], tuple[str, ...], int]:
@@ -134,7 +141,7 @@ def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], tupl
     files: dict[str, Source] = {}
     left: list[str] = []
     total = 0
-    for entry in sorted(path.iterdir()):
+    for entry in _entries(path):
         if entry.is_dir():
             left.append(entry.name + "/")
             continue

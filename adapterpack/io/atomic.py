@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import secrets
 import shutil
@@ -42,22 +43,30 @@ def staged_directory(
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - keep symlinks: they are refused below
     with _explained(destination):
-        _recover(destination)
         check_destination(destination, overwrite=overwrite, protected=protected)
+        if _recover(destination):
+            check_destination(destination, overwrite=overwrite, protected=protected)
+        _sweep(destination.parent)
         stage = _stage_name(destination)
         stage.mkdir()
     try:
-        yield stage
         with _explained(destination):
+            yield stage
             _sync_tree(stage)
             if _present(destination):
                 check_destination(destination, overwrite=overwrite, protected=protected)
                 _replace_directory(stage, destination)
             else:
                 _rename_new(stage, destination)
+        try:
             _sync_directory(destination.parent)
-    except OSError as e:
-        raise _write_failed(destination, e) from e
+        except OSError as e:
+            raise WriteFailed(
+                f"{destination} is in place, but a power cut may undo that: {e.strerror}",
+                hint="check the disk, then run again with --overwrite",
+            ) from e
+        # The old one goes only when the new name is sure to be there after a power cut.
+        shutil.rmtree(_old_name(destination), ignore_errors=True)
     finally:
         # After a plain rename there is nothing left; after an exchange the old directory lies here.
         shutil.rmtree(stage, ignore_errors=True)
@@ -85,7 +94,7 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
     if not parent.is_dir():
         raise WriteFailed(f"{parent} is not a directory", hint=f"mkdir -p {parent}")
     here = destination.resolve()
-    for path in (p.resolve() for p in protected):
+    for path in (place for p in protected for place in _places(p)):
         if here == path or here in path.parents:
             raise UsageError(f"{destination} is, or holds, the input {path}", hint="write somewhere else")
         if path.is_dir() and path in here.parents:
@@ -97,11 +106,19 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
     if not overwrite:
         raise DestinationExists(f"{destination} exists", hint="add --overwrite to replace it")
     precious = {Path.cwd().resolve(), Path.home().resolve()}
-    if any(here == p or here in p.parents for p in precious) or (destination / ".git").exists():
+    repository = any(".git" in (*names, *files) for _, names, files in os.walk(destination))
+    if repository or any(here == p or here in p.parents for p in precious):
         raise UsageError(
             f"--overwrite would replace {destination}: the working directory, HOME or a repository",
             hint="write somewhere else",
         )
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Where an input really lies: the Hub's cache, for one, holds links to files that are elsewhere."""
+    yield path.resolve()
+    if path.is_dir():
+        yield from (entry.resolve() for entry in path.iterdir() if entry.is_symlink())
 
 
 def _write_failed(path: Path, e: OSError) -> WriteFailed:
@@ -120,15 +137,19 @@ def _present(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _stage_name(destination: Path, kind: str = "new") -> Path:
-    # The name is cut so that even a 255-byte destination leaves room.
-    name = destination.name.encode()[:120].decode(errors="ignore")
-    return destination.with_name(f"{_PREFIX}{kind}-{os.getpid()}-{secrets.token_hex(4)}-{name}{_SUFFIX}")
+def _short(destination: Path) -> str:
+    """The name, cut so that even one of 255 bytes leaves room for a prefix."""
+    return os.fsencode(destination.name)[:120].decode(errors="ignore")
+
+
+def _stage_name(destination: Path) -> Path:
+    return destination.with_name(f"{_PREFIX}new-{os.getpid()}-{secrets.token_hex(4)}-{_short(destination)}{_SUFFIX}")
 
 
 def _old_name(destination: Path) -> Path:
     """Where the old directory waits while systems without an exchange put the new one in its place."""
-    return destination.with_name(f"{_PREFIX}old-{destination.name}{_SUFFIX}")
+    tag = hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:16]
+    return destination.with_name(f"{_PREFIX}old-{tag}-{_short(destination)}{_SUFFIX}")
 
 
 def _replace_directory(stage: Path, destination: Path) -> None:
@@ -136,25 +157,33 @@ def _replace_directory(stage: Path, destination: Path) -> None:
         return
     old = _old_name(destination)
     destination.rename(old)
-    stage.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        stage.rename(destination)
+    except OSError:
+        old.rename(destination)
+        raise
 
 
-def _recover(destination: Path) -> None:
-    """Put back an old directory that a killed run had set aside, and sweep away what dead runs left."""
+def _recover(destination: Path) -> bool:
+    """Put back an old directory that a killed run had set aside. Was there one to put back?"""
     old = _old_name(destination)
-    if old.is_dir():
-        if _present(destination):
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(destination)
-    if not destination.parent.is_dir():
-        return
-    for path in destination.parent.glob(f"{_PREFIX}new-*{_SUFFIX}"):
+    if not old.is_dir():
+        return False
+    if _present(destination):
+        shutil.rmtree(old, ignore_errors=True)
+        return False
+    old.rename(destination)
+    return True
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what writers left that are dead and have written nothing for long."""
+    for path in directory.glob(f"{_PREFIX}new-*{_SUFFIX}"):
         pid = path.name.removeprefix(f"{_PREFIX}new-").partition("-")[0]
         with contextlib.suppress(OSError):
-            stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
-            if stale and pid.isdigit() and not _alive(int(pid)):
+            # Files too: a writer on another machine has another set of process numbers.
+            newest = max(p.stat().st_mtime for p in (path, *path.rglob("*")))
+            if time.time() - newest > _STALE_SECONDS and pid.isdigit() and not _alive(int(pid)):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -11,6 +11,10 @@ from typing import Self
 from adapterpack.errors import ChangedWhileReading, InvalidFile
 
 
+def _changed(path: Path) -> ChangedWhileReading:
+    return ChangedWhileReading(f"{path} changed while it was read", hint="let its writer finish, then run again")
+
+
 class OpenFile:
     """One descriptor on one regular file, and what it looked like when it was opened.
 
@@ -48,10 +52,7 @@ class OpenFile:
             except OSError as e:
                 raise InvalidFile(f"cannot read {self.path} at byte {start}: {e.strerror}") from e
             if not part:
-                raise ChangedWhileReading(
-                    f"{self.path} was truncated while it was read",
-                    hint="let its writer finish, then run again",
-                )
+                raise _changed(self.path)
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -60,9 +61,7 @@ class OpenFile:
         """Raise ChangedWhileReading if somebody has written to the file since it was opened."""
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != self._stamp:
-            raise ChangedWhileReading(
-                f"{self.path} changed while it was read", hint="let its writer finish, then run again"
-            )
+            raise _changed(self.path)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -97,6 +96,8 @@ class WholeFile:
 
     def read(self, start: int, stop: int) -> bytes:
         with OpenFile(self.path) as file:
+            if file.size != self.nbytes:
+                raise _changed(self.path)
             return file.read(start, min(stop, self.nbytes))
 
 

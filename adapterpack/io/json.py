@@ -6,6 +6,8 @@ Python's own parser keeps the last of two equal keys, reads `NaN`, and recurses 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,22 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice in one object")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r:.100} stands twice in one object")
+            seen.add(key)
     return found
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        # 1e999 is good JSON, but what would be written again is not.
+        raise ValueError(f"{digits:.40} is too large a number")
+    return number
 
 
 def _natural(digits: str) -> int:
@@ -33,20 +45,24 @@ def _natural(digits: str) -> int:
     return int(digits)
 
 
-def _check(value: Any) -> None:
-    """Bounded depth and text that can be written again, found without recursion."""
-    todo = [(value, 1)]
-    while todo:
-        value, depth = todo.pop()
-        if isinstance(value, str):
-            value.encode("utf-8")
-        elif isinstance(value, dict | list):
-            if depth > limits.JSON_DEPTH:
-                raise ValueError(f"nested deeper than {limits.JSON_DEPTH}")
-            if isinstance(value, dict):
-                todo += [(key, depth) for key in value]
-                value = value.values()
-            todo += [(child, depth + 1) for child in value]
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _check_depth(value: Any) -> None:
+    """Bounded depth, found level by level: recursion would end with the stack, and millions of steps take long."""
+    level = [value]
+    for _ in range(limits.JSON_DEPTH):
+        children = (v.values() if type(v) is dict else v for v in level)
+        level = [child for values in children for child in values if type(child) is dict or type(child) is list]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {limits.JSON_DEPTH}")
+
+
+def _check_text(text: str, value: Any) -> None:
+    """Text that can be written again: half of a surrogate pair can only come in as an escape."""
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def parse(data: bytes, where: str, *, natural: bool = False) -> dict[str, Any]:
@@ -58,8 +74,8 @@ def parse(data: bytes, where: str, *, natural: bool = False) -> dict[str, Any]:
         natural: Refuse negative integers, `-0` too, as safetensors headers want it.
 
     Raises:
-        InvalidFile: not UTF-8, not JSON, not an object, a duplicate key, NaN or Infinity, a lone
-            surrogate, or nested deeper than `limits.JSON_DEPTH`.
+        InvalidFile: not UTF-8, not JSON, not an object, a duplicate key, NaN, Infinity or a number as
+            large, a lone surrogate, or nested deeper than `limits.JSON_DEPTH`.
     """
     try:
         text = data.decode("utf-8")
@@ -67,11 +83,13 @@ def parse(data: bytes, where: str, *, natural: bool = False) -> dict[str, Any]:
             text,
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
             parse_int=_natural if natural else None,
         )
         if not isinstance(value, dict):
             raise ValueError(f"a JSON object is wanted, not {type(value).__name__}")
-        _check(value)
+        _check_depth(value)
+        _check_text(text, value)
     except (ValueError, RecursionError) as e:
         raise InvalidFile(f"{where}: {e}") from e
     return value

@@ -13,8 +13,8 @@ def plain_name(name: object, where: str) -> str:
     """A file name without any path in it, safe on every system.
 
     Raises:
-        InvalidFile: empty, `.` or `..`, with a separator, drive, control character, trailing dot or
-            space, longer than 255 bytes, or reserved on some system.
+        InvalidFile: empty, `.` or `..`, with a separator, drive, control character, wildcard, trailing
+            dot or space, longer than 255 bytes, or reserved on some system.
     """
     reason = None
     if not isinstance(name, str) or not name:
@@ -23,7 +23,7 @@ def plain_name(name: object, where: str) -> str:
         reason = "leads outside its directory"
     elif any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
         reason = "has control characters"
-    elif name[-1] in ". " or name.split(".")[0].upper() in _RESERVED:
+    elif name[-1] in ". " or set(name) & set('<>"|?*') or name.split(".")[0].rstrip().upper() in _RESERVED:
         reason = "is not a file name on every system"
     elif len(name.encode()) > 255:
         reason = "is too long"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -20,6 +20,10 @@ from adapterpack.errors import InvalidFile
 from adapterpack.io import json as strict_json
 from adapterpack.io.files import FileSpan, OpenFile
 from adapterpack.tensor import DTYPES, Tensor, chunks
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_STRUCTURE = limits.TENSORS * (8 + limits.RANK) + limits.METADATA_BYTES
+"""More brackets and commas than this no legal header has; counted before parsing, which costs memory."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def read(file: OpenFile) -> Header:
     if length == 0 or 8 + length > file.size:
         bad(f"its header claims {length:,} bytes of a file of {file.size:,}")
     raw = file.read(8, 8 + length)
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > _STRUCTURE:
+        bad(f"its header lists more than {limits.TENSORS:,} tensors could need")
     entries = strict_json.parse(raw, f"header of {file.path}", natural=True)
     metadata = _metadata(entries.pop("__metadata__", {}), bad)
     if len(entries) > limits.TENSORS:
@@ -82,8 +88,8 @@ class _Bad(Protocol):
 def _metadata(value: Any, bad: _Bad) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         bad("__metadata__ must map names to strings")
-    if sum(len(k) + len(v) for k, v in value.items()) > limits.METADATA_BYTES:
-        bad(f"__metadata__ is longer than {limits.METADATA_BYTES:,}")
+    if sum(len(k.encode()) + len(v.encode()) for k, v in value.items()) > limits.METADATA_BYTES:
+        bad(f"__metadata__ is longer than {limits.METADATA_BYTES:,} bytes")
     return value
 
 
@@ -91,7 +97,7 @@ def _entry(name: str, entry: Any, bad: _Bad) -> tuple[int, int, str, tuple[int, 
     shown = f"tensor {name!r:.100}"
     if not name or len(name.encode()) > limits.NAME_BYTES:
         bad(f"{shown}: its name is empty or longer than {limits.NAME_BYTES} bytes")
-    if any(unicodedata.category(c) == "Cc" for c in name):
+    if _CONTROL.search(name):
         bad(f"{shown}: its name has control characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         bad(f"{shown}: exactly dtype, shape and data_offsets are wanted")

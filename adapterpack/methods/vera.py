@@ -240,9 +240,13 @@ def _seeded(a: Adapter, recipe: Recipe) -> Adapter:
         encoding=SEED,
         config={**a.config, "save_projection": False},
         shared={},
-        metadata={**a.metadata, METADATA_KEY: recipe.to_metadata()},
+        metadata={**a.metadata, METADATA_KEY: replace(recipe, keys=_keys(a)).to_metadata()},
         changed=True,
     )
+
+
+def _keys(a: Adapter) -> dict[str, str]:
+    return {name: p.key for name, p in a.shared.items()}
 
 
 def _where_peft_redraws(recipe: Recipe) -> str:
@@ -260,7 +264,8 @@ def _where_peft_redraws(recipe: Recipe) -> str:
 def _to_projection(a: Adapter, request: Request) -> Outcome:
     recorded = recipe_words.from_metadata(a.metadata)
     pair, notes = projections(a, request)
-    shared = {name: Param(f"base_model.{name}", pair[name]) for name in (A, B)}
+    spelled = {} if recorded is None else recorded.keys
+    shared = {name: Param(spelled.get(name, f"base_model.{name}"), pair[name]) for name in (A, B)}
     return Outcome(
         replace(
             a,
