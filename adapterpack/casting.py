@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from adapterpack.adapter import Adapter, Method, Param
-from adapterpack.tensor import DType, Tensor, cast, narrowest
+from adapterpack.tensor import F32, DType, Tensor, cast, narrowest
 
 
 def _mapped(method: Method, a: Adapter, change: Callable[[Tensor], Tensor]) -> Adapter:
@@ -37,3 +37,27 @@ def cast_to(method: Method, a: Adapter, dtype: DType) -> Adapter:
 def narrow(method: Method, a: Adapter) -> Adapter:
     """Every parameter in the narrowest dtype that holds all its values: PEFT lifts them to float32 again."""
     return _mapped(method, a, lambda t: cast(t, narrowest(t)))
+
+
+def same_values(x: Adapter, y: Adapter) -> bool:
+    """Do two adapters have the same parameters with the same values, whatever their dtypes?"""
+    if (x.method, x.encoding, x.replaced) != (y.method, y.encoding, y.replaced):
+        return False
+    if x.modules.keys() != y.modules.keys() or x.shared.keys() != y.shared.keys():
+        return False
+    pairs = [(p, y.modules[m]) for m, p in x.modules.items()] + [(x.shared, y.shared)]
+    return all(
+        ours.keys() == theirs.keys() and all(_same_values(p.tensor, theirs[n].tensor) for n, p in ours.items())
+        for ours, theirs in pairs
+    )
+
+
+def _same_values(x: Tensor, y: Tensor) -> bool:
+    if x is y or x.dtype == y.dtype:
+        return x is y or x.equals(y)
+    if x.shape != y.shape or not x.dtype.kind == y.dtype.kind == "float":
+        return False
+    wide = x.dtype if x.dtype.bits >= y.dtype.bits else y.dtype
+    # Lifted to the wider one both keep their values; BF16 and F16 hold each other's in F32.
+    wide = F32 if wide.bits == 16 else wide
+    return cast(x, wide).equals(cast(y, wide))

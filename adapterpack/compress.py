@@ -8,12 +8,21 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from adapterpack import casting, containers, hub, methods
+from adapterpack import casting, containers, methods
 from adapterpack.adapter import Adapter, Grade, Method, Outcome, Request
 from adapterpack.backend import Backend
 from adapterpack.base import Base
 from adapterpack.containers import size_of
-from adapterpack.convert import Conversion, cast_outcome, measure, publish, refuse_loss
+from adapterpack.convert import (
+    Conversion,
+    Measured,
+    cast_outcome,
+    depends_on_shapes,
+    measure,
+    open_shapes,
+    publish,
+    refuse_loss,
+)
 from adapterpack.errors import UsageError
 from adapterpack.methods import lora
 from adapterpack.methods._keys import render
@@ -60,26 +69,28 @@ def compress(
             containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
         )
         method, adapter = methods.parse(checkpoint)
-        model = None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
-        request = Request(Backend(device), max_error=max_error)
+        wanted = max_error is not None and depends_on_shapes(method, adapter)
+        model, notes = open_shapes(adapter, base, stack, wanted=wanted)
+        request = Request(Backend(device), model, max_error=max_error)
         outcome = Outcome(adapter, Grade.LOSSLESS)
         reference = adapter
         if not lossless:
-            if model is not None:
+            if base is not None and model is not None and model.tensors:
                 outcome = _without_copies(adapter, model)
                 reference = outcome.adapter
             outcome = _equivalent(method, outcome, request)
         if max_error is not None:
-            outcome = _smallest(method, reference, outcome, request, progress)
-        grade, error = measure((method, reference), outcome, request, progress)
-        refuse_loss(grade, error, max_error)
+            outcome = _smallest((method, reference), outcome, request, model, progress)
+        measured = measure((method, reference), outcome, request, model, progress)
+        refuse_loss(measured, max_error)
+        outcome = replace(outcome, notes=(*notes, *outcome.notes, *measured.notes))
         before, after = size_of(render(adapter)), size_of(render(outcome.adapter))
         if after >= before:
             hint = "nothing to gain here: the result is a copy"
             ways = "--dtype bfloat16 with convert, or --max-error, make it smaller at a measured loss"
             outcome = Outcome(adapter, Grade.LOSSLESS, notes=(f"{hint}; {ways}",))
-            grade, error = Grade.LOSSLESS, 0.0
-        return publish(checkpoint, outcome, grade, error, target, protected, overwrite=overwrite, dry_run=dry_run)
+            measured = Measured(Grade.LOSSLESS, 0.0)
+        return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
 
 
 def _equivalent(method: Method, start: Outcome, request: Request) -> Outcome:
@@ -99,7 +110,7 @@ def _equivalent(method: Method, start: Outcome, request: Request) -> Outcome:
 
 def _without_copies(a: Adapter, model: Base) -> Outcome:
     """Saved embeddings (`base_layer.weight`) that are the base's own, byte for byte, are not needed."""
-    model.bind(a.replaced)
+    model.bind(a.targets())
     copies = {
         target: entries[0].param.key
         for target, entries in a.replaced.items()
@@ -117,7 +128,11 @@ def _without_copies(a: Adapter, model: Base) -> Outcome:
 
 
 def _smallest(
-    method: Method, original: Adapter, start: Outcome, request: Request, progress: Progress | None
+    original: tuple[Method, Adapter],
+    start: Outcome,
+    request: Request,
+    model: Base | None,
+    progress: Progress | None,
 ) -> Outcome:
     """The smallest of a few lossy forms that keeps every module within the error; `start` if none is smaller."""
     best, best_size = start, size_of(render(start.adapter))
@@ -125,7 +140,7 @@ def _smallest(
         size = size_of(render(candidate.adapter))
         if size >= best_size:
             continue
-        _, error = measure((method, original), candidate, request, progress)
+        error = measure(original, candidate, request, model, progress).error
         if request.max_error is not None and error <= request.max_error:
             best, best_size = candidate, size
     return best

@@ -81,7 +81,8 @@ def convert(
         destination: The new PEFT directory.
         to: Encoding (`full-logits`, `topk`, `projection`, `seed`) or method (`lora`).
         dtype: `float32`, `bfloat16` or `float16` for the parameters.
-        base: Where the base's shapes are to be had; its weights are not read.
+        base: Where the base's shapes are to be had; its weights are read only where the change depends on them
+            (a cast of DoRA).
         base_dtype: The dtype of the base in training, where `base` does not tell.
         max_error: The largest relative error allowed; None: nothing beyond `equivalent`.
         warm_start: With `full-logits`: make up the logits that a top-k file lacks.
@@ -106,7 +107,9 @@ def convert(
         )
         method, adapter = methods.parse(checkpoint)
         edge = None if to is None else find_edge(method, adapter, to)
-        request, base_notes = _request(adapter, edge, base, base_dtype, max_error, warm_start, device, stack)
+        request, model, base_notes = _request(
+            method, adapter, edge, base, base_dtype, max_error, warm_start, device, stack
+        )
         outcome = Outcome(adapter, Grade.LOSSLESS)
         if edge is not None:
             if progress:
@@ -114,10 +117,10 @@ def convert(
             outcome = edge.run(adapter, request)
         if dtype is not None:
             outcome = cast_outcome(outcome, named_dtype(dtype))
-        outcome = replace(outcome, notes=(*base_notes, *outcome.notes))
-        grade, error = measure((method, adapter), outcome, request, progress)
-        refuse_loss(grade, error, max_error)
-        return publish(checkpoint, outcome, grade, error, target, protected, overwrite=overwrite, dry_run=dry_run)
+        measured = measure((method, adapter), outcome, request, model, progress)
+        refuse_loss(measured, max_error)
+        outcome = replace(outcome, notes=(*base_notes, *outcome.notes, *measured.notes))
+        return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
 
 
 def _protected(source: str | Path, base: str | Path | None) -> tuple[Path, ...]:
@@ -155,6 +158,7 @@ def named_dtype(name: str) -> DType:
 
 
 def _request(
+    method: Method,
     a: Adapter,
     edge: Edge | None,
     base: str | Path | None,
@@ -163,25 +167,46 @@ def _request(
     warm_start: bool,
     device: str,
     stack: ExitStack,
-) -> tuple[Request, tuple[str, ...]]:
-    """What the conversion may use; a base that the adapter names itself is used where one is needed."""
+) -> tuple[Request, Base | None, tuple[str, ...]]:
+    """What the conversion may use, and the base; a base that the adapter names itself is used where one is needed."""
+    wanted = Need.SHAPES in edge.needs if edge is not None else depends_on_shapes(method, a)
+    shapes, notes = open_shapes(a, base, stack, wanted=wanted)
+    known = None if base_dtype is None else named_dtype(base_dtype)
+    return Request(Backend(device), shapes, known, max_error, warm_start), shapes, notes
+
+
+def depends_on_shapes(method: Method, a: Adapter) -> bool:
+    """May it take the base's shapes to know what the adapter changes?"""
+    return any(Need.SHAPES in edge.needs for edge in method.edges.get(a.encoding, ()))
+
+
+def open_shapes(
+    a: Adapter, base: str | Path | None, stack: ExitStack, *, wanted: bool
+) -> tuple[Base | None, tuple[str, ...]]:
+    """The base that was named; where one is wanted and none was, the one that the adapter names, if it is here.
+
+    Returns:
+        The base, None if there is none, and notes.
+
+    Raises:
+        WrongBase: it lacks modules of the adapter.
+    """
     path = None if base is None else hub.resolve_base(str(base))
     notes: tuple[str, ...] = ()
-    if path is None and edge is not None and Need.SHAPES in edge.needs:
+    if path is None and wanted:
         path = hub.implied_base(a.config)
         notes = () if path is None else (f"base: {path}, as the adapter names it",)
-    shapes = None
-    if path is not None:
-        shapes = stack.enter_context(Base(path, weights=False))
-        shapes.bind([f"{m}.weight" for m in a.modules])
-        missing = [m for m in a.modules if not shapes.has(f"{m}.weight")]
-        if missing:
-            raise WrongBase(
-                f"the base {path} lacks {len(missing)} modules of the adapter: {', '.join(missing[:5])}",
-                hint=f"the adapter says its base is {a.config.get('base_model_name_or_path')!r}",
-            )
-    known = None if base_dtype is None else named_dtype(base_dtype)
-    return Request(Backend(device), shapes, known, max_error, warm_start), notes
+    if path is None:
+        return None, notes
+    shapes = stack.enter_context(Base(path, weights=False))
+    shapes.bind([f"{m}.weight" for m in a.modules])
+    missing = [m for m in a.modules if not shapes.has(f"{m}.weight")]
+    if missing:
+        raise WrongBase(
+            f"the base {path} lacks {len(missing)} modules of the adapter: {', '.join(missing[:5])}",
+            hint=f"the adapter says its base is {a.config.get('base_model_name_or_path')!r}",
+        )
+    return shapes, notes
 
 
 def cast_outcome(outcome: Outcome, dtype: DType) -> Outcome:
@@ -198,27 +223,52 @@ def cast_outcome(outcome: Outcome, dtype: DType) -> Outcome:
     return Outcome(new, min(outcome.grade, Grade.EQUIVALENT), outcome.dropped, notes)
 
 
-def measure(
-    before: tuple[Method, Adapter], outcome: Outcome, request: Request, progress: Progress | None = None
-) -> tuple[Grade, float]:
-    """The grade that a conversion really reached and the largest relative error of a module.
+@dataclass(frozen=True)
+class Measured:
+    """What a conversion did to the change of W.
 
-    A lossless one gives back the same tensors and is not measured.
+    Attributes:
+        grade: The one that it really reached.
+        error: The largest relative error of a module.
+        notes: How it was compared, where that is not plain.
+    """
+
+    grade: Grade
+    error: float
+    notes: tuple[str, ...] = ()
+
+
+def measure(
+    before: tuple[Method, Adapter],
+    outcome: Outcome,
+    request: Request,
+    model: Base | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Compare an outcome with what it was made of.
+
+    A lossless one gives back the same tensors and is not measured; nor is one whose values are all the same.
+
+    Args:
+        model: The base, for changes that depend on W.
     """
     if outcome.grade is Grade.LOSSLESS:
-        return Grade.LOSSLESS, 0.0
+        return Measured(Grade.LOSSLESS, 0.0)
+    if outcome.grade is Grade.EQUIVALENT and casting.same_values(before[1], outcome.adapter):
+        return Measured(Grade.EQUIVALENT, 0.0)
     after = (methods.METHODS[outcome.adapter.method.upper()], outcome.adapter)
-    errors, findings, _ = compare(before, after, request, largest=False, progress=progress)
+    weights = model if model is not None and model.tensors else None
+    errors, findings, notes = compare(before, after, request, model=weights, largest=False, progress=progress)
     error = math.inf if any(f.code != "difference" for f in findings) else worst(errors)
-    if outcome.grade is Grade.EQUIVALENT and error <= EQUIVALENT_ERROR:
-        return Grade.EQUIVALENT, error
-    return Grade.APPROXIMATE, error
+    equivalent = outcome.grade is Grade.EQUIVALENT and error <= EQUIVALENT_ERROR
+    return Measured(Grade.EQUIVALENT if equivalent else Grade.APPROXIMATE, error, tuple(notes))
 
 
-def refuse_loss(grade: Grade, error: float, max_error: float | None) -> None:
+def refuse_loss(measured: Measured, max_error: float | None) -> None:
     """Raise LossRefused if the measured error is more than was allowed."""
     allowed = EQUIVALENT_ERROR if max_error is None else max_error
-    if grade is Grade.APPROXIMATE and not error <= allowed:
+    error = measured.error
+    if measured.grade is Grade.APPROXIMATE and not error <= allowed:
         hint = "the values leave the dtype's range"
         if math.isfinite(error):
             hint = f"allow it with --max-error {_round_up(error):.2g}"
@@ -235,8 +285,7 @@ def _round_up(x: float) -> float:
 def publish(
     checkpoint: Checkpoint,
     outcome: Outcome,
-    grade: Grade,
-    error: float,
+    measured: Measured,
     target: Path,
     protected: tuple[Path, ...],
     *,
@@ -258,8 +307,8 @@ def publish(
         encoding=a.encoding,
         bytes_in=checkpoint.bytes,
         bytes_out=size,
-        grade=str(grade),
+        grade=str(measured.grade),
         dropped=(*outcome.dropped, *(f"file {name}" for name in checkpoint.left)),
-        max_rel_error=error,
+        max_rel_error=measured.error,
         notes=outcome.notes,
     )

@@ -29,11 +29,9 @@ def run(cli: click.Group) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     as_json = "--json" in sys.argv[1:]
     try:
-        cli.main(standalone_mode=False)
+        # click returns what `ctx.exit` was given: 3 from verify and check.
+        code = cli.main(standalone_mode=False) or 0
         sys.stdout.flush()
-        code = 0
-    except click.exceptions.Exit as e:
-        code = e.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = _fail(as_json, "interrupted", "interrupted; nothing was changed", None, INTERRUPTED)
     except _Terminated:
@@ -43,8 +41,8 @@ def run(cli: click.Group) -> NoReturn:
         if isinstance(e, click.UsageError) and e.ctx is not None:
             hint = f"{e.ctx.command_path} --help"
         code = _fail(as_json, UsageError.code, message, hint, e.exit_code)
-    except BrokenPipeError:
-        # `adapterpack inspect ... | head`: the reader has seen enough.
+    except (BrokenPipeError, SystemExit):
+        # `adapterpack inspect ... | head`: the reader has seen enough. (click itself exits on a closed pipe.)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except AdapterpackError as e:

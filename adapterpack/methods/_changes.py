@@ -91,6 +91,8 @@ def linear_kind(
 
 @dataclass(frozen=True)
 class LoadedLowRank:
+    """Its factors at hand; see `adapter.Loaded`."""
+
     xp: Backend
     factors: LowRank
     round_delta: bool = False
@@ -155,6 +157,8 @@ class VectorChange:
 
 @dataclass(frozen=True)
 class LoadedVector:
+    """Its vector at hand; see `adapter.Loaded`."""
+
     vector: Array
     scale: float
 
@@ -215,6 +219,8 @@ class ReplaceChange:
 
 @dataclass(frozen=True)
 class LoadedReplacement:
+    """Its values at hand; see `adapter.Loaded`."""
+
     values: Array
     rows: tuple[int, ...] | None
 

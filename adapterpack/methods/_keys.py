@@ -53,6 +53,10 @@ class KeyTable:
         """The key that PEFT writes for a parameter of a module."""
         return f"{PREFIX}{module}.{self.params[name]}"
 
+    def spells_shared(self, key: str, name: str) -> bool:
+        """Is `key` a spelling of this shared parameter?"""
+        return self._shared.get(key) == name
+
     def parse(self, c: Checkpoint, method: str, encoding: str) -> Adapter:
         """Sort all tensors of a checkpoint by their keys.
 

@@ -116,6 +116,9 @@ def _regenerated(a: Adapter, request: Request) -> tuple[Mapping[str, Tensor], tu
         drawn = recorded.draw()
         if set(drawn) != {A, B}:
             raise InvalidFile("the recorded recipe does not draw vera_A and vera_B")
+        for name, key in recorded.keys.items():
+            if not keys.spells_shared(key, name):
+                raise InvalidFile(f"the recorded recipe calls {name} {key!r:.100}")
         return drawn, ()
     shapes = _need_shapes(request)
     through = request.base_dtype or shapes.dtype
@@ -307,7 +310,7 @@ edges: Mapping[str, tuple[Edge, ...]] = {
         Edge(PROJECTION, Grade.LOSSLESS, _same),
     ),
     SEED: (
-        Edge(PROJECTION, Grade.LOSSLESS, _to_projection),
+        Edge(PROJECTION, Grade.LOSSLESS, _to_projection, needs=Need.SHAPES),
         Edge("lora", Grade.EQUIVALENT, _to_lora, needs=Need.SHAPES),
         Edge(SEED, Grade.LOSSLESS, _same),
     ),
