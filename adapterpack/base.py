@@ -189,8 +189,10 @@ class Base:
         )
         if self.embedding is None or said is False:
             return False
+        if self.head in self.tensors:
+            return said is True
         # Many model types tie by default and then do not say so in config.json; the missing head tells.
-        return said is True or (self.head not in self.tensors and self._has_head)
+        return self._has_head
 
     @property
     def _has_head(self) -> bool:

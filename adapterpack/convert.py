@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -254,6 +256,9 @@ def measure(
     """
     if outcome.grade is Grade.LOSSLESS:
         return Measured(Grade.LOSSLESS, 0.0)
+    # What would be refused by merge is not handed on either: this reads no values.
+    with contextlib.suppress(WrongBase):
+        collections.deque(before[0].changes(before[1], request), maxlen=0)
     if outcome.grade is Grade.EQUIVALENT and casting.same_values(before[1], outcome.adapter):
         return Measured(Grade.EQUIVALENT, 0.0)
     after = (methods.METHODS[outcome.adapter.method.upper()], outcome.adapter)
