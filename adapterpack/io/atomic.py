@@ -106,12 +106,20 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
     if not overwrite:
         raise DestinationExists(f"{destination} exists", hint="add --overwrite to replace it")
     precious = {Path.cwd().resolve(), Path.home().resolve()}
-    repository = any(".git" in (*names, *files) for _, names, files in os.walk(destination))
-    if repository or any(here == p or here in p.parents for p in precious):
+    inside = any(here == p or here in p.parents for p in precious)
+    if inside or _holds_repository(destination):
         raise UsageError(
             f"--overwrite would replace {destination}: the working directory, HOME or a repository",
             hint="write somewhere else",
         )
+
+
+def _holds_repository(directory: Path) -> bool:
+    def fail(e: OSError) -> None:
+        # What cannot be listed may hold one.
+        raise e
+
+    return any(".git" in (*names, *files) for _, names, files in os.walk(directory, onerror=fail))
 
 
 def _places(path: Path) -> Iterator[Path]:
