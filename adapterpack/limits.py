@@ -37,5 +37,5 @@ CARRIED_BYTES = 64 << 20
 """Largest tokenizer, text or config file that is carried along with an adapter."""
 CHUNK_BYTES = 4 << 20
 """How much is copied, hashed or scanned at a time."""
-RECIPE_ELEMENTS = 1 << 31
+RECIPE_ELEMENTS = 1 << 28
 """Most elements that a recipe may draw: beyond it the recipe is refused before it is run."""
