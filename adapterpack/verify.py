@@ -253,10 +253,9 @@ class _Pair:
             return f"A changes {x}, B {y}"
         if [c.effect is Effect.REPLACE for c in self.x] != [c.effect is Effect.REPLACE for c in self.y]:
             return "one replaces the tensor, the other does not"
+        if _replaced_rows(self.x) != _replaced_rows(self.y):
+            return "the two replace different rows"
         return None
-
-    def _all(self, effect: Effect) -> bool:
-        return all(c.effect is effect for c in (*self.x, *self.y))
 
     @property
     def depends_on_weights(self) -> bool:

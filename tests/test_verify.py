@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,18 @@ def test_a_lost_scale_is_named(place: Any, tmp_path: Path) -> None:
     root, _ = place
     result = _spoiled(root, tmp_path / "m", FAULTS["scale lost"])
     assert "factor 0.5" in result.findings[0].message
+
+
+def test_the_same_values_in_other_rows_are_a_difference(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    oracle.make_adapter(tmp_path / "a", config)
+    moved = tmp_path / "b"
+    moved.mkdir()
+    for file in (tmp_path / "a").iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    path = moved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": [1, 6]}))
+    assert adapterpack.verify(tmp_path / "a", tmp_path / "a").equal
+    result = adapterpack.verify(tmp_path / "a", moved)
+    assert not result.equal
+    assert "different rows" in result.findings[0].message
