@@ -165,6 +165,7 @@ class _Job:
         self.total = len(base.tensors)
         self.written: set[str] = set()
         self.notes: list[str] = []
+        self._untied = False
 
     def write(self, stage: Path) -> None:
         parted = self._part()
@@ -185,7 +186,7 @@ class _Job:
         quiet = len([n for n in idle if n not in self.changed])
         if quiet and self.changed:
             self.notes.append(f"{quiet} of {len(idle)} touched tensors stay what they are: their change is too small")
-        if any(n not in self._base.tensors for n in parted):
+        if self._untied:
             self._untie(stage, parted)
 
     def _home(self) -> str | None:
@@ -209,6 +210,7 @@ class _Job:
                 theirs = ours
         if ours.equals(theirs):
             return {embedding: ours} | ({head: theirs} if head in base.tensors else {})
+        self._untied = True
         self.total += head not in base.tensors
         self.notes.append(
             f"{embedding} and {head} were tied and differ now: both are written, and tie_word_embeddings is false"
@@ -238,9 +240,9 @@ class _Job:
         config = _untied_config(self._base.config)
         self._file(stage, CONFIG, strict_json.dump(config))
         home = self._home()
-        if self._base.index is not None:
+        added = {n: t for n, t in parted.items() if n not in self._base.tensors}
+        if self._base.index is not None and added:
             index = dict(self._base.index)
-            added = {n: t for n, t in parted.items() if n not in self._base.tensors}
             index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, home)}.items()))
             metadata = dict(index.get("metadata") or {})
             for field, more in (("total_size", "nbytes"), ("total_parameters", "numel")):

@@ -81,9 +81,22 @@ def compare(
         else:
             finding = _untouched(name, base.tensors[name], found)
         findings += [finding] if finding else []
+    if only is None and _parted_but_tied(merged) and not _parted_but_tied(base):
+        findings.append(
+            Finding(
+                "tied-config",
+                "tie_word_embeddings",
+                f"{merged.head} and {merged.embedding} differ, but config.json ties them: a loader drops one",
+            )
+        )
     if progress:
         progress("compare", len(names), len(names))
     return errors, findings
+
+
+def _parted_but_tied(model: Base) -> bool:
+    """Does the config tie two tensors that differ?"""
+    return model.tied and model.head in model.tensors and not _is_tied_copy(model, model.head)
 
 
 def _is_tied_copy(merged: Base, head: str) -> bool:

@@ -77,7 +77,7 @@ def verify(
     b: str | Path,
     *,
     base: str | Path | None = None,
-    max_error: float = EQUIVALENT_ERROR,
+    max_error: float | None = None,
     device: str = "auto",
     subfolder: str | None = None,
     allow_pickle: bool = False,
@@ -89,7 +89,8 @@ def verify(
         a: The reference adapter.
         b: An adapter, or a model directory when `base` is given.
         base: The base model; needed for a merged model and for changes that depend on W (DoRA).
-        max_error: Largest relative error of a module that counts as equal.
+        max_error: Largest relative error of a module that counts as equal. None: 5e-6 between adapters, and
+            nothing beyond the rounding of the dtype for a merged model.
         device: Where the maths runs.
         subfolder: Which adapter of A, if there are several.
 
@@ -108,20 +109,21 @@ def verify(
             merged = stack.enter_context(Base(Path(b)))
             merge_plan = plan.make([(method_a, adapter_a)], model, xp)
             tensor_errors, findings = merged_model.compare(
-                merge_plan, model, merged, xp, max_error=max_error, progress=progress
+                merge_plan, model, merged, xp, max_error=max_error or 0.0, progress=progress
             )
             errors = [ModuleError(e.name, e.max_abs_error, e.rel_error) for e in tensor_errors]
             note = "errors of a merged model hold the rounding of its dtype; findings are what goes beyond it"
             return _verdict(errors, findings, [note], bound=math.inf)
         other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle))
         method_b, adapter_b = methods.parse(other)
-        request = Request(xp=xp, shapes=model, max_error=max_error)
+        bound = EQUIVALENT_ERROR if max_error is None else max_error
+        request = Request(xp=xp, shapes=model, max_error=bound)
         if model is not None:
             model.bind([*adapter_a.targets(), *adapter_b.targets()])
         errors, findings, notes = compare(
             (method_a, adapter_a), (method_b, adapter_b), request, model=model, progress=progress
         )
-        return _verdict(errors, findings, notes, bound=max_error)
+        return _verdict(errors, findings, notes, bound=bound)
 
 
 def _open_base(base: str | Path | None, stack: ExitStack) -> Base | None:
@@ -327,8 +329,9 @@ def _delta(changes: list[Loaded], rows: slice) -> Array:
     return functools.reduce(operator.add, deltas)
 
 
-def _replaced_rows(changes: list[Change]) -> list[tuple[int, ...] | None]:
-    return [c.replaced.rows for c in changes if isinstance(c, ReplaceChange)]
+def _replaced_rows(changes: list[Change]) -> list[frozenset[int] | None]:
+    rows = [c.replaced.rows for c in changes if isinstance(c, ReplaceChange)]
+    return [None if r is None else frozenset(r) for r in rows]
 
 
 def _dense_error(target: str, x: Array, y: Array, reference: Array) -> ModuleError:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cases
 import oracle
 import pytest
 import torch
@@ -101,6 +102,75 @@ def test_each_fault_has_its_finding(place: Path, tmp_path: Path, fault: str) -> 
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert code in _codes(tmp_path)
+
+
+ROOT = Path(__file__).parent.parent
+VECTORS = [p.parent for p in sorted((ROOT / "formats").glob("*/vectors/**/adapter_config.json"))]
+FAULTY = {"unknown-keys": {"unknown-key"}}
+"""Vectors that are odd on purpose."""
+
+
+@pytest.fixture(scope="module")
+def vector_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
+    """The base that a vector's expect.json describes."""
+    root = tmp_path_factory.mktemp("vector-bases")
+    made: dict[str, Path] = {}
+
+    def make(said: dict[str, Any]) -> Path:
+        name = json.dumps(said, sort_keys=True)
+        if name not in made:
+            dtype = getattr(torch, said["dtype"])
+            model = oracle.tiny_model(said["kind"], dtype, said["tie"], said["bias"], said["seed"], **said["config"])
+            made[name] = oracle.save_base(model, root / str(len(made)))
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda p: "/".join(p.relative_to(ROOT / "formats").parts))
+def test_no_vector_that_peft_wrote_gives_a_false_alarm(path: Path, vector_base: Any) -> None:
+    case = path if (path / "expect.json").exists() else path.parent
+    said = json.loads((case / "expect.json").read_text())["base"]
+    for base in (None, vector_base(said)):
+        assert _codes(path, base) == FAULTY.get(case.name, set())
+
+
+@pytest.mark.parametrize("case", [*cases.LORA, *cases.VBLORA, *cases.WIDTHS, *cases.VERA], ids=str)
+def test_no_adapter_of_the_cases_gives_a_false_alarm(case: Any, workshop: Any) -> None:
+    assert _codes(workshop.adapter(case), workshop.base_of(case)) == set()
+
+
+def test_peft_s_own_topk_of_peaked_logits_is_flagged_and_mended(tmp_path: Path) -> None:
+    """PEFT saves it without a word and loads it as NaN."""
+
+    def peak(model: torch.nn.Module) -> None:
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "logits" in name:
+                    p.copy_(torch.rand(p.shape, generator=g) * 300)
+
+    config = VBLoRAConfig(**{**VB, "r": 4, "num_vectors": 60, "topk": 4}, save_only_topk_weights=True)
+    oracle.make_adapter(tmp_path / "a", config, post=peak)
+    base = oracle.tiny_model("llama")
+    assert any(bool(t.isnan().any()) for t in oracle.peft_merge(base, tmp_path / "a").values())
+    assert _codes(tmp_path / "a") == {"negative-topk-weight"}
+    adapterpack.convert(tmp_path / "a", tmp_path / "mended", to="topk")
+    assert _codes(tmp_path / "mended") == set()
+    mended = oracle.peft_merge(oracle.tiny_model("llama"), tmp_path / "mended")
+    assert all(bool(t.isfinite().all()) for t in mended.values())
+
+
+def test_what_it_says_names_the_tensor_and_a_way_out(place: Path, tmp_path: Path) -> None:
+    tensors = load_file(place / "lora" / "adapter_model.safetensors")
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_bytes((place / "lora" / "adapter_config.json").read_bytes())
+    [finding] = adapterpack.check(tmp_path).findings
+    assert (finding.code, finding.key) == ("nan", key)
+    assert finding.fix
+    assert "1 of" in finding.message
 
 
 @pytest.mark.parametrize("name", CONFIGS)

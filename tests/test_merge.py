@@ -400,6 +400,25 @@ def test_a_head_whose_change_is_zero_stays_tied(workshop, files, tmp_path: Path)
     assert files.tensors(tmp_path / "m").keys() == files.tensors(base).keys()
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_base_that_stores_both_copies_is_untied_in_the_config_too(
+    target, workshop, files, tmp_path: Path
+) -> None:
+    """Else a loader that ties them would throw one of the two away."""
+    tied = workshop.base("llama", tie=True)
+    base = shutil.copytree(tied, tmp_path / "base")
+    tensors = files.tensors(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    oracle.make_adapter(tmp_path / "a", lora(target_modules=[target]), base=oracle.load_base(tied), scale=0.2)
+    adapterpack.merge(tmp_path / "a", base, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is False
+    unmerged, _ = oracle.peft_load(tied, tmp_path / "a")
+    with torch.no_grad():
+        wanted, got = unmerged(IDS).logits, oracle.load_base(tmp_path / "m")(IDS).logits
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 def test_a_body_that_has_no_head_gets_none(workshop, files, tmp_path: Path) -> None:
     """BERT's config says that embeddings are tied, but this model has no output embeddings."""
     adapter, base = workshop.pair("embedding-bert")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from adapterpack.adapter import EQUIVALENT_ERROR
 from adapterpack.cli import _output as out
 from adapterpack.verify import Verification, verify
 
@@ -19,11 +18,9 @@ _SHOWN = 10
 @click.option(
     "--max-error",
     type=float,
-    default=EQUIVALENT_ERROR,
-    show_default=True,
     metavar="E",
     callback=out.error_bound,
-    help="Largest relative error of a module that counts as equal.",
+    help="Largest relative error of a module that counts as equal; 5e-6 between adapters.",
 )
 @out.device_option
 @out.source_options
@@ -34,7 +31,7 @@ def command(
     a: str,
     b: str,
     base: str | None,
-    max_error: float,
+    max_error: float | None,
     device: str,
     subfolder: str | None,
     allow_pickle: bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -124,9 +125,9 @@ class LoadedLowRank:
         return w.double() + (delta.T if _transposed(kind) else delta)
 
     def noise(self, w: Array, kind: Kind) -> Array:
-        """A sum of r products strays by r roundings of its terms' absolute values, at most."""
+        """A sum of r products: its r roundings are of partial sums, and do not all point one way."""
         f = self.factors
-        terms = (f.b.abs() @ f.a.abs()) * (abs(f.scale) * (8 + f.a.shape[0]) * _EPS)
+        terms = (f.b.abs() @ f.a.abs()) * (abs(f.scale) * 2 * (1 + math.sqrt(f.a.shape[0])) * _EPS)
         return terms.T if _transposed(kind) else terms
 
 
@@ -231,7 +232,11 @@ class LoadedReplacement:
         return None
 
     def parts(self) -> Mapping[str, Array]:
-        return {"values": self.values}
+        if self.rows is None:
+            return {"values": self.values}
+        # By row and not in the file's order; of a row that is named twice the last one stays.
+        last = {row: n for n, row in enumerate(self.rows)}
+        return {"values": self.values[[last[row] for row in sorted(last)]]}
 
     def apply(self, w: Array, kind: Kind) -> Array:
         return self._into(w.float())
