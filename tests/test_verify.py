@@ -11,7 +11,7 @@ import cases
 import oracle
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VBLoRAConfig
 from safetensors.torch import save_file
 from test_convert import relative
 
@@ -498,3 +498,13 @@ def test_weights_that_parted_under_a_config_that_ties_them_are_found(workshop, t
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
     assert not adapterpack.verify(tmp_path / "a", tmp_path / "m", base=base).equal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_full_logits_prove_a_model_that_was_merged_from_their_topk(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = oracle.save_base(oracle.tiny_model("llama", dtype), tmp_path / "base")
+    config = VBLoRAConfig(r=4, num_vectors=60, vector_length=16, topk=3, target_modules=["q_proj", "down_proj"])
+    oracle.make_adapter(tmp_path / "a", config, dtype=dtype, scale=1.0)
+    adapterpack.compress(tmp_path / "a", tmp_path / "top")
+    adapterpack.merge(tmp_path / "top", base, tmp_path / "m")
+    assert adapterpack.verify(tmp_path / "a", tmp_path / "m", base=base).equal

@@ -36,6 +36,8 @@ class LowRankChange:
         fan_in_fan_out: The config's word on how the weight lies, for square weights.
         layer: LINEAR (or Conv1D: the base decides) or EMBEDDING.
         round_delta: PEFT rounds the delta to the base dtype before it adds (embeddings).
+        factor_noise: What computing the factors in f32 may lose, in half units in the last place of the sum
+            of the terms; 0 where the file holds them as they are.
     """
 
     module: str
@@ -46,6 +48,7 @@ class LowRankChange:
     layer: Kind = Kind.LINEAR
     fan_in_fan_out: bool = False
     round_delta: bool = False
+    factor_noise: float = 0.0
 
     effect = Effect.ADD
 
@@ -63,7 +66,7 @@ class LowRankChange:
 
     def load(self, xp: Backend) -> Loaded:
         b, a = self.factors(xp)
-        return LoadedLowRank(xp, LowRank(b, a, self.scale), self.round_delta)
+        return LoadedLowRank(xp, LowRank(b, a, self.scale), self.round_delta, self.factor_noise)
 
 
 def linear_kind(
@@ -97,6 +100,7 @@ class LoadedLowRank:
     xp: Backend
     factors: LowRank
     round_delta: bool = False
+    factor_noise: float = 0.0
 
     def low_rank(self) -> LowRank | None:
         return self.factors
@@ -127,7 +131,8 @@ class LoadedLowRank:
     def noise(self, w: Array, kind: Kind) -> Array:
         """A sum of r products: its r roundings are of partial sums, and do not all point one way."""
         f = self.factors
-        terms = (f.b.abs() @ f.a.abs()) * (abs(f.scale) * 2 * (1 + math.sqrt(f.a.shape[0])) * _EPS)
+        units = 2 * (1 + math.sqrt(f.a.shape[0])) + self.factor_noise
+        terms = (f.b.abs() @ f.a.abs()) * (abs(f.scale) * units * _EPS)
         return terms.T if _transposed(kind) else terms
 
 

@@ -57,6 +57,8 @@ keep_dtype = frozenset({"weights_A", "weights_B"})
 
 _ROWS = 4096
 """Sub-vectors treated at a time: bounds memory whatever the file's size."""
+_FACTOR_NOISE = 32.0
+"""softmax, logarithm and softmax again move a weight by its logit's last places: 2e-6 of the change at most."""
 _ZERO_LOGIT = -200.0
 """Stands for a kept weight of 0: exp(-200) is 0 in float32, and it is finite."""
 
@@ -124,6 +126,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
             scale=1.0,
             uses=frozenset({p.key for p in params.values()} | {a.shared[BANK].key}),
             fan_in_fan_out=flag(a.config, "fan_in_fan_out"),
+            factor_noise=_FACTOR_NOISE,
         )
 
 
