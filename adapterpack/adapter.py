@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from adapterpack.recipes import Recipe
 
 
+Progress = Callable[[str, int, int], None]
+"""How long work reports: what is done, how much of it, of how much."""
+
+
 class Grade(enum.IntEnum):
     """What a conversion may lose. Ordered: more is better."""
 
@@ -260,6 +264,21 @@ class Finding:
     message: str
     fix: str | None = None
     warning: bool = False
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """How far two versions of one base tensor, or of its change, lie apart.
+
+    Attributes:
+        name: The base tensor.
+        max_abs_error: Largest absolute difference of an element.
+        rel_error: Frobenius norm of the difference over that of the reference's change, in f64; 0/0 is 0.
+    """
+
+    name: str
+    max_abs_error: float
+    rel_error: float
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from adapterpack.io.files import OpenFile
 from adapterpack.io.paths import plain_name
 from adapterpack.tensor import BF16, DTYPES, F16, F32, DType, Shape, Tensor
 
+_SHOWN = 5
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -121,19 +122,22 @@ class Base:
 
     # -- names -------------------------------------------------------------------------------------------
 
-    def bind(self, targets: Iterable[str]) -> None:
+    def bind(self, targets: Iterable[str]) -> list[str]:
         """Find how the adapter's names become names on disk.
 
         A base saved from `AutoModel` lacks the `bert.` or `model.` that a model with a head puts before
         its body, or the other way round. One prefix for all names that are not there as they stand.
 
+        Returns:
+            The targets that are not there under any name.
+
         Raises:
             WrongBase: more than one prefix would do.
         """
         self._prefixes = ("", "")
-        missing = [t for t in targets if t not in self.tensors and t != self._tied_head(t)]
-        if not missing or not self.tensors:
-            return
+        missing = [t for t in targets if not self.has(t)]
+        if not missing:
+            return []
         firsts = {name.partition(".")[0] + "." for name in (*self.tensors, *missing)}
         candidates = [("", p) for p in firsts] + [(p, "") for p in firsts]
         found = sorted(
@@ -146,6 +150,24 @@ class Base:
             raise WrongBase(f"{missing[0]} could be several tensors of {self.path}: prefixes {ways}")
         if found:
             self._prefixes = found[0]
+        return [t for t in missing if not self.has(t)]
+
+    def require(self, targets: Iterable[str], config: Mapping[str, Any]) -> None:
+        """Bind the names of an adapter, all of which must be there.
+
+        Args:
+            config: The adapter's: it may say which base it is for.
+
+        Raises:
+            WrongBase: some are not; they are named.
+        """
+        missing = self.bind(targets)
+        if missing:
+            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            raise WrongBase(
+                f"the base {self.path} lacks {len(missing)} tensors that the adapter changes: {shown}",
+                hint=f"the adapter says its base is {config.get('base_model_name_or_path')!r}",
+            )
 
     def on_disk(self, target: str) -> str | None:
         """The name on disk of a tensor that the adapter calls `target`; None if it is not there."""

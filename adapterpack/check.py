@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterpack import containers, hub, methods
-from adapterpack.adapter import Adapter, Finding, Method
+from adapterpack.adapter import Adapter, Finding, Method, Progress, Request
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import AdapterpackError, InvalidFile, Unsupported, WrongBase
 from adapterpack.tensor import Tensor, chunks, numpy_dtype
-
-Progress = Callable[[str, int, int], None]
 
 _ZERO_MEANS_UNTRAINED = {"lora_B": "B", "lora_embedding_A": "A", "lambda_b": "lambda_b"}
 """Parameters that begin at zero: all zero still means that the module does nothing."""
@@ -145,11 +143,8 @@ def _method_findings(method: Method, a: Adapter, model: Base | None) -> Iterator
 
 def _base_findings(method: Method, a: Adapter, model: Base) -> Iterator[Finding]:
     """Keys and shapes that the base lacks."""
-    from adapterpack.adapter import Request
-
-    model.bind(a.targets())
+    missing = model.bind(a.targets())
     fix = f"the adapter says its base is {a.config.get('base_model_name_or_path')!r}"
-    missing = [t for t in a.targets() if not model.has(t)]
     for target in missing:
         yield Finding("not-in-base", target, "the base has no such tensor", fix)
     if missing or not model.tensors:

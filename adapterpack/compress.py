@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from adapterpack import casting, containers, methods
-from adapterpack.adapter import Adapter, Grade, Method, Outcome, Request
+from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
 from adapterpack.backend import Backend
 from adapterpack.base import Base
 from adapterpack.containers import size_of
@@ -18,6 +18,7 @@ from adapterpack.convert import (
     Measured,
     cast_outcome,
     depends_on_shapes,
+    inputs,
     measure,
     open_shapes,
     publish,
@@ -27,8 +28,6 @@ from adapterpack.errors import UsageError
 from adapterpack.methods import lora
 from adapterpack.methods._keys import render
 from adapterpack.tensor import BF16, F16
-
-Progress = Callable[[str, int, int], None]
 
 
 def compress(
@@ -62,7 +61,7 @@ def compress(
     if lossless and max_error is not None:
         raise UsageError("--lossless and --max-error exclude each other")
     target = Path(destination).expanduser()
-    protected = tuple(Path(p).expanduser() for p in (source, base) if p is not None)
+    protected = inputs(source, base)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(

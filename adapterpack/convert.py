@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from adapterpack.adapter import (
     Method,
     Need,
     Outcome,
+    Progress,
     Request,
 )
 from adapterpack.backend import Backend
@@ -28,8 +28,6 @@ from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
 from adapterpack.methods._keys import render
 from adapterpack.tensor import CASTABLE, DType
 from adapterpack.verify import compare, worst
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def convert(
     if warm_start and to != "full-logits":
         raise UsageError("--warm-start goes with --to full-logits")
     target = Path(destination).expanduser()
-    protected = _protected(source, base)
+    protected = inputs(source, base)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(
@@ -125,11 +123,9 @@ def convert(
         return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
 
 
-def _protected(source: str | Path, base: str | Path | None) -> tuple[Path, ...]:
-    inputs = [Path(source).expanduser()]
-    if base is not None:
-        inputs.append(Path(base).expanduser())
-    return tuple(inputs)
+def inputs(source: str | Path, base: str | Path | None) -> tuple[Path, ...]:
+    """What a destination must not harm."""
+    return tuple(Path(p).expanduser() for p in (source, base) if p is not None)
 
 
 def find_edge(method: Method, a: Adapter, to: str) -> Edge:
@@ -201,13 +197,7 @@ def open_shapes(
     if path is None:
         return None, notes
     shapes = stack.enter_context(Base(path, weights=False))
-    shapes.bind([f"{m}.weight" for m in a.modules])
-    missing = [m for m in a.modules if not shapes.has(f"{m}.weight")]
-    if missing:
-        raise WrongBase(
-            f"the base {path} lacks {len(missing)} modules of the adapter: {', '.join(missing[:5])}",
-            hint=f"the adapter says its base is {a.config.get('base_model_name_or_path')!r}",
-        )
+    shapes.require([f"{m}.weight" for m in a.modules], a.config)
     return shapes, notes
 
 

@@ -82,8 +82,7 @@ def _against(a: Adapter, path: Path) -> str:
     """One line on whether a base has what the adapter changes."""
     with Base(path, weights=False) as model:
         wanted = a.targets()
-        model.bind(wanted)
-        missing = [t for t in wanted if not model.has(t)]
+        missing = model.bind(wanted)
     if missing:
         return f"the base lacks {len(missing)} of {len(wanted)} tensors that it changes: {', '.join(missing[:5])}"
     return f"the base has all {len(wanted)} tensors that it changes"

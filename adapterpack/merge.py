@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapterpack import containers, hub, merged_model, methods, plan
+from adapterpack.adapter import Progress
 from adapterpack.backend import Backend
 from adapterpack.base import CONFIG, INDEX, Base
 from adapterpack.errors import AdapterpackError, InvalidFile, NothingChanged, UsageError
@@ -17,8 +17,6 @@ from adapterpack.io import atomic, safetensors
 from adapterpack.io import json as strict_json
 from adapterpack.io.files import WholeFile
 from adapterpack.tensor import Tensor, chunks
-
-Progress = Callable[[str, int, int], None]
 
 _OTHER_WEIGHTS = {
     ".bin",
@@ -168,10 +166,10 @@ class _Job:
         self._untied = False
 
     def write(self, stage: Path) -> None:
-        parted = self._part()
+        parted, home = self._part(), self._home()
         idle = [n for n in self._plan.steps if n not in parted]
         for shard, header in self._base.shards.items():
-            added = {n: t for n, t in parted.items() if n not in self._base.tensors and shard == self._home()}
+            added = {n: t for n, t in parted.items() if n not in self._base.tensors and shard == home}
             raw = header.raw
             if added:
                 raw = safetensors.header_bytes([*header.tensors.items(), *added.items()], header.metadata)
@@ -205,7 +203,7 @@ class _Job:
         ours = self._computed(source, ours_steps)
         theirs = self._computed(source, head_steps)
         if self._plan.head.one:
-            exact, other = (plan.exact(source, steps, self._xp) for steps in (ours_steps, head_steps))
+            (exact, _), (other, _) = (plan.exact(source, s, self._xp) for s in (ours_steps, head_steps))
             if plan.rounding_apart(exact, other, self._xp.native(source)):
                 theirs = ours
         if ours.equals(theirs):
@@ -301,10 +299,7 @@ def _carry(files: Mapping[str, WholeFile], stage: Path, *, skip: set[str]) -> No
         if name in skip:
             continue
         target = stage / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise AdapterpackError(f"cannot write {target.parent}: {os.strerror(e.errno or 0)}") from e
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic.create(target) as out:
             for chunk in chunks(source):
                 out.write(chunk)

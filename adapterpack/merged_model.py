@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from adapterpack import plan
-from adapterpack.adapter import Effect, Finding
+from adapterpack.adapter import Finding, ModuleError, Progress
 from adapterpack.backend import Array, Backend
 from adapterpack.base import Base
 from adapterpack.tensor import DType, Tensor
-
-Progress = Callable[[str, int, int], None]
 
 _UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Half a unit in the last place, relative."""
@@ -21,15 +18,6 @@ _TINY = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
 _ROWS = 1024
 _BIAS = 1e-3
 """Honest rounding is unbiased; the share of the delta that may be missing on average all the same."""
-
-
-@dataclass(frozen=True)
-class TensorError:
-    """How far a merged tensor lies from the exact result; rounding noise is in it."""
-
-    name: str
-    max_abs_error: float
-    rel_error: float
 
 
 def compare(
@@ -41,7 +29,7 @@ def compare(
     max_error: float,
     only: Collection[str] | None = None,
     progress: Progress | None = None,
-) -> tuple[list[TensorError], list[Finding]]:
+) -> tuple[list[ModuleError], list[Finding]]:
     """Hold every tensor of `merged` against what a plan makes of `base`.
 
     A changed tensor agrees if each element lies within rounding of the exact value and the differences
@@ -59,7 +47,7 @@ def compare(
         assert base.embedding is not None
         wanted[p.head.name] = (base.tensors[base.embedding], p.head.steps)
     findings: list[Finding] = []
-    errors: list[TensorError] = []
+    errors: list[ModuleError] = []
     names = [n for n in dict.fromkeys([*base.tensors, *wanted, *merged.tensors]) if only is None or n in only]
     for n, name in enumerate(names):
         if progress:
@@ -115,39 +103,23 @@ def _untouched(name: str, before: Tensor, after: Tensor) -> Finding | None:
 
 def _changed(
     name: str, before: Tensor, steps: tuple[plan.Step, ...], after: Tensor, xp: Backend, max_error: float
-) -> tuple[TensorError | None, Finding | None]:
+) -> tuple[ModuleError | None, Finding | None]:
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return None, _untouched(name, before, after)
     w, m = xp.native(before), xp.native(after)
-    exact, rounded = _exact(before, steps, xp)
+    exact, rounded = plan.exact(before, steps, xp)
     ours = plan.compute(before, steps, xp)
     sums = _Sums(after.dtype)
     noise = plan.noise(before, steps, xp)
     flat = [t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (w, m, exact, ours, rounded, noise)]
     for start in range(0, flat[0].shape[0], _ROWS):
         sums.add(*(t[start : start + _ROWS] for t in flat))
-    error = TensorError(name, sums.max_abs, sums.rel_error)
+    error = ModuleError(name, sums.max_abs, sums.rel_error)
     if sums.nonfinite:
         return error, Finding("nan", name, "the merged tensor has NaN or infinite values")
     if sums.rel_error <= max_error or not sums.wrong:
         return error, None
     return error, Finding("wrong-merge", name, sums.describe())
-
-
-def _exact(before: Tensor, steps: tuple[plan.Step, ...], xp: Backend) -> tuple[Array, Array]:
-    """The changed tensor in f64, and the sum of the magnitudes that an honest merge rounds on the way there.
-
-    Each step's result is rounded; and some tools round an added delta before they add it.
-    """
-    w = xp.native(before).double()
-    rounded = xp.torch.zeros_like(w)
-    for step in steps:
-        changed = step.change.load(xp).exact(w, step.kind)
-        rounded += changed.abs()
-        if step.change.effect is not Effect.REPLACE:
-            rounded += (changed - w).abs()
-        w = changed
-    return w, rounded
 
 
 class _Sums:

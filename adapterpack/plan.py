@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Change, Kind, Method, Request
+from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Change, Effect, Kind, Method, Request
 from adapterpack.backend import Array, Backend
 from adapterpack.base import Base
-from adapterpack.errors import InvalidFile, LossRefused, Unsupported, WrongBase
+from adapterpack.errors import InvalidFile, LossRefused, Unsupported
 from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
 from adapterpack.tensor import BF16, F16, F32, Tensor
 
@@ -70,12 +70,14 @@ def make(
         LossRefused: parameters of an adapter would go unused; all are named.
         Unsupported: weights of a dtype that nothing can be added to.
     """
+    # The last one binds for all: names of one base need one prefix.
+    for _, adapter in adapters:
+        base.require(adapter.targets(), adapter.config)
     base.bind(t for _, a in adapters for t in a.targets())
     steps: dict[str, list[Step]] = {}
     modules: set[str] = set()
     for n, (method, adapter) in enumerate(adapters):
         weight = 1.0 if weights is None else weights[n]
-        _refuse_unmatched(adapter, base)
         used: set[str] = set()
         for change in method.changes(adapter, Request(xp=xp, shapes=base)):
             used |= change.uses
@@ -96,16 +98,6 @@ def make(
 
 def _disk_name(target: str, base: Base) -> str:
     return base.on_disk(target) or base.head
-
-
-def _refuse_unmatched(adapter: Adapter, base: Base) -> None:
-    missing = [t for t in adapter.targets() if not base.has(t)]
-    if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise WrongBase(
-            f"the base lacks {len(missing)} tensors that the adapter changes: {shown}",
-            hint=f"the adapter says its base is {adapter.config.get('base_model_name_or_path')!r}",
-        )
 
 
 def _refuse_unused(adapter: Adapter, used: set[str]) -> None:
@@ -171,12 +163,20 @@ def compute(tensor: Tensor, steps: Sequence[Step], xp: Backend, *, once: bool = 
     return w
 
 
-def exact(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:
-    """The changed tensor in f64, not rounded."""
+def exact(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> tuple[Array, Array]:
+    """The changed tensor in f64, not rounded, and the sum of the magnitudes that an honest merge rounds on the way.
+
+    Each step's result is rounded; and some tools round an added delta before they add it.
+    """
     w = xp.native(tensor).double()
+    rounded = xp.torch.zeros_like(w)
     for step in steps:
-        w = step.change.load(xp).exact(w, step.kind)
-    return w
+        changed = step.change.load(xp).exact(w, step.kind)
+        rounded += changed.abs()
+        if step.change.effect is not Effect.REPLACE:
+            rounded += (changed - w).abs()
+        w = changed
+    return w, rounded
 
 
 def noise(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from adapterpack.adapter import (
     Finding,
     Loaded,
     Method,
+    ModuleError,
+    Progress,
     Request,
 )
 from adapterpack.backend import Backend
@@ -32,23 +34,7 @@ from adapterpack.tensor import DType, Shape
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
-Progress = Callable[[str, int, int], None]
 _TILE_ROWS = 512
-
-
-@dataclass(frozen=True)
-class ModuleError:
-    """How far two changes of one base tensor lie apart.
-
-    Attributes:
-        name: The base tensor.
-        rel_error: Frobenius norm of the difference over that of A's change, in f64; 0/0 is 0.
-        max_abs_error: Largest absolute difference of an element.
-    """
-
-    name: str
-    max_abs_error: float
-    rel_error: float
 
 
 @dataclass(frozen=True)
@@ -108,10 +94,9 @@ def verify(
                 raise UsageError(f"{b} is a model: name what it was merged into", hint="--base BASE")
             merged = stack.enter_context(Base(Path(b)))
             merge_plan = plan.make([(method_a, adapter_a)], model, xp)
-            tensor_errors, findings = merged_model.compare(
+            errors, findings = merged_model.compare(
                 merge_plan, model, merged, xp, max_error=max_error or 0.0, progress=progress
             )
-            errors = [ModuleError(e.name, e.max_abs_error, e.rel_error) for e in tensor_errors]
             note = "errors of a merged model hold the rounding of its dtype; findings are what goes beyond it"
             return _verdict(errors, findings, [note], bound=math.inf)
         other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle))

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
+from adapterpack.adapter import Progress
+
 F = TypeVar("F", bound=Callable[..., Any])
-Progress = Callable[[str, int, int], None]
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
