@@ -126,6 +126,8 @@ def merge(
             touched = len(p.steps)
             size = sum(f.nbytes for f in carried.values()) + sum(len(h.raw) for h in base.shards.values())
             size += sum(t.nbytes for t in base.tensors.values())
+            if p.head is not None:
+                notes.append(f"{p.head.name} may part from {base.embedding}, which takes that many bytes again")
             return _result(target, p, touched, len(base.tensors) - touched, size, left, notes)
         with atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage:
             job.write(stage)

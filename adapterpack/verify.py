@@ -26,7 +26,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.backend import Backend
 from adapterpack.base import CONFIG, INDEX, SINGLE, Base
-from adapterpack.errors import UsageError, WrongBase
+from adapterpack.errors import UsageError
 from adapterpack.methods import _lowrank
 from adapterpack.methods._changes import ReplaceChange
 from adapterpack.tensor import DType, Shape
@@ -156,9 +156,9 @@ def compare(
     if request.shapes is None:
         # VeRA's file does not say how many inputs a module has; the other side may.
         if x[1].method == "vera" != y[1].method:
-            ours = _grouped(*x, replace(request, shapes=_ShapesOf(theirs)))
+            ours = _grouped(*x, replace(request, shapes=_ShapesOf(ours, theirs)))
         elif y[1].method == "vera" != x[1].method:
-            theirs = _grouped(*y, replace(request, shapes=_ShapesOf(ours)))
+            theirs = _grouped(*y, replace(request, shapes=_ShapesOf(theirs, ours)))
     errors: list[ModuleError] = []
     findings: list[Finding] = []
     by_parameter: list[str] = []
@@ -198,16 +198,17 @@ def compare(
 
 
 class _ShapesOf:
-    """The shapes that another adapter's changes have, as a base would tell them."""
+    """The shapes that another adapter's changes have, as a base would tell them.
+
+    A module that only one side changes is a finding, not an error: it keeps its own shape.
+    """
 
     dtype: DType | None = None
 
-    def __init__(self, changes: Mapping[str, list[Change]]) -> None:
-        self._shapes = {t: c[-1].shape for t, c in changes.items()}
+    def __init__(self, own: Mapping[str, list[Change]], other: Mapping[str, list[Change]]) -> None:
+        self._shapes = {t: c[-1].shape for t, c in {**own, **other}.items()}
 
     def shape(self, tensor: str) -> Shape:
-        if tensor not in self._shapes:
-            raise WrongBase(f"nothing says how many inputs {tensor} has", hint="--base BASE")
         return self._shapes[tensor]
 
     def has(self, tensor: str) -> bool:

@@ -11,8 +11,8 @@ import cases
 import oracle
 import pytest
 import torch
-from peft import LoraConfig, VBLoRAConfig
-from safetensors.torch import save_file
+from peft import LoraConfig, VBLoRAConfig, VeraConfig
+from safetensors.torch import load_file, save_file
 from test_convert import relative
 
 import adapterpack
@@ -508,3 +508,16 @@ def test_full_logits_prove_a_model_that_was_merged_from_their_topk(dtype: torch.
     adapterpack.compress(tmp_path / "a", tmp_path / "top")
     adapterpack.merge(tmp_path / "top", base, tmp_path / "m")
     assert adapterpack.verify(tmp_path / "a", tmp_path / "m", base=base).equal
+
+
+def test_a_module_that_only_the_vera_side_has_is_a_finding_without_any_base(tmp_path: Path) -> None:
+    base = oracle.save_base(oracle.tiny_model("llama"), tmp_path / "base")
+    oracle.make_adapter(tmp_path / "a", VeraConfig(r=4, target_modules=["q_proj", "down_proj"]), scale=0.3)
+    adapterpack.convert(tmp_path / "a", tmp_path / "lora", to="lora", base=base)
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    assert adapterpack.verify(tmp_path / "a", tmp_path / "lora").equal
+    gone = "model.layers.1.mlp.down_proj"
+    save_file({k: v for k, v in load_file(weights).items() if gone not in k}, weights, metadata={"format": "pt"})
+    for a, b in (("a", "lora"), ("lora", "a")):
+        result = adapterpack.verify(tmp_path / a, tmp_path / b)
+        assert [(f.code, f.key) for f in result.findings] == [("missing-module", f"{gone}.weight")]
