@@ -123,12 +123,7 @@ def merge(
         carried, left = _other_files(base)
         notes = [base.prefix_note] if base.prefix_note else []
         if dry_run:
-            touched = len(p.steps)
-            size = sum(f.nbytes for f in carried.values()) + sum(len(h.raw) for h in base.shards.values())
-            size += sum(t.nbytes for t in base.tensors.values())
-            if p.head is not None:
-                notes.append(f"{p.head.name} may part from {base.embedding}, which takes that many bytes again")
-            return _result(target, p, touched, len(base.tensors) - touched, size, left, notes)
+            return _planned(target, p, base, sum(f.nbytes for f in carried.values()), left, notes)
         with atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage:
             job.write(stage)
             _carry(carried, stage, skip=job.written)
@@ -145,6 +140,14 @@ def merge(
             size = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
         notes += job.notes
         return _result(target, p, len(job.changed), job.total - len(job.changed), size, left, notes)
+
+
+def _planned(target: Path, p: plan.Plan, base: Base, carried: int, left: list[str], notes: list[str]) -> Merge:
+    size = carried + sum(len(h.raw) for h in base.shards.values()) + sum(t.nbytes for t in base.tensors.values())
+    if p.head is not None:
+        notes = [*notes, f"{p.head.name} may part from {base.embedding}, which takes that many bytes again"]
+    touched = len(p.steps)
+    return _result(target, p, touched, len(base.tensors) - touched, size, left, notes)
 
 
 def _result(
