@@ -75,6 +75,23 @@ class Effect(enum.Enum):
     """Anything else: it takes W to know the result."""
 
 
+@dataclass(frozen=True)
+class Block:
+    """Rows of one stored base tensor, seen as a matrix of `rows` and all that lies behind them.
+
+    Attributes:
+        kind: How the tensor lies.
+        rows: Which rows; their bounds are given.
+        whole: Are they all of the tensor?
+        dtype: Of the base tensor: PEFT rounds some deltas to it before it adds.
+    """
+
+    kind: Kind
+    rows: slice
+    whole: bool
+    dtype: DType
+
+
 class Shapes(Protocol):
     """What a method may ask of a base without reading weights."""
 
@@ -161,6 +178,23 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Product:
+    """B @ A, in f32, cut into blocks of rows, or of columns where W lies transposed.
+
+    Attributes:
+        out, rank, into: (out, r) by (r, in).
+        columns: Is it cut into columns?
+        norms: Are norms of its rows computed too?
+    """
+
+    out: int
+    rank: int
+    into: int
+    columns: bool
+    norms: bool = False
+
+
+@dataclass(frozen=True)
 class LowRank:
     """delta == scale * (b @ a), logical orientation.
 
@@ -189,24 +223,28 @@ class Loaded(Protocol):
         """What it consists of, scales included: to compare changes where W is not at hand."""
         ...
 
-    def apply(self, w: Array, kind: Kind) -> Array:
+    def apply(self, w: Array, block: Block) -> Array:
         """The changed weight in PEFT's own arithmetic.
 
         Args:
-            w: The base tensor as stored, in the base dtype.
-            kind: How it lies.
+            w: A block of the base tensor as stored, f32.
+            block: Which one.
 
         Returns:
             f32 of the same shape: the caller rounds, once.
         """
         ...
 
-    def exact(self, w: Array, kind: Kind) -> Array:
+    def exact(self, w: Array, block: Block) -> Array:
         """The same in f64 from end to end: what `apply` would give without any rounding."""
         ...
 
-    def noise(self, w: Array, kind: Kind) -> Array:
-        """f32: how far honest f32 arithmetic may stray from `exact`, element by element (broadcastable)."""
+    def noise(self, w: Array, block: Block) -> Array:
+        """f32: how far honest f32 arithmetic may stray from `exact`, element by element (broadcastable).
+
+        Args:
+            w: The block, f32.
+        """
         ...
 
 
@@ -219,6 +257,7 @@ class Change(Protocol):
         shape: Logical (out, in) of a matrix; the vector's shape; the shape of the new values.
         effect: How it treats the weight.
         uses: Keys of the adapter tensors that it consumes.
+        torch: Does its arithmetic take torch? Else numpy can do it too.
     """
 
     @property
@@ -231,6 +270,16 @@ class Change(Protocol):
     def effect(self) -> Effect: ...
     @property
     def uses(self) -> frozenset[str]: ...
+    @property
+    def torch(self) -> bool: ...
+
+    def whole(self, kind: Kind) -> bool:
+        """Does it take all of W to compute a part of the result?"""
+        ...
+
+    def products(self, kind: Kind) -> tuple[Product, ...]:
+        """The matrix products that it computes in f32 block by block: their bits depend on the library."""
+        ...
 
     def place(self, shape: Shape, conv1d: bool | None) -> Kind:
         """How a base tensor of that shape lies for this change.
@@ -244,7 +293,9 @@ class Change(Protocol):
         """
         ...
 
-    def load(self, xp: Backend) -> Loaded: ...
+    def load(self, xp: Backend) -> Loaded:
+        """Read its tensors, once."""
+        ...
 
 
 @dataclass(frozen=True)

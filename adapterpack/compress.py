@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adapterpack import casting, containers, methods
 from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
-from adapterpack.backend import Backend
+from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.containers import size_of
 from adapterpack.convert import (
@@ -70,7 +70,7 @@ def compress(
         method, adapter = methods.parse(checkpoint)
         wanted = max_error is not None and depends_on_shapes(method, adapter)
         model, notes = open_shapes(adapter, base, stack, wanted=wanted)
-        request = Request(Backend(device), model, max_error=max_error)
+        request = Request(TorchBackend(device), model, max_error=max_error)
         outcome = Outcome(adapter, Grade.LOSSLESS)
         reference = adapter
         if not lossless:

@@ -21,7 +21,7 @@ from adapterpack.adapter import (
     Progress,
     Request,
 )
-from adapterpack.backend import Backend
+from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
@@ -170,7 +170,7 @@ def _request(
     wanted = Need.SHAPES in edge.needs if edge is not None else depends_on_shapes(method, a)
     shapes, notes = open_shapes(a, base, stack, wanted=wanted)
     known = None if base_dtype is None else named_dtype(base_dtype)
-    return Request(Backend(device), shapes, known, max_error, warm_start), shapes, notes
+    return Request(TorchBackend(device), shapes, known, max_error, warm_start), shapes, notes
 
 
 def depends_on_shapes(method: Method, a: Adapter) -> bool:

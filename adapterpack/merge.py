@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from adapterpack import containers, hub, merged_model, methods, plan
-from adapterpack.adapter import Progress
-from adapterpack.backend import Backend
+from adapterpack import base_files, containers, exactness, hub, merged_model, methods, plan
+from adapterpack.adapter import EQUIVALENT_ERROR, Progress
+from adapterpack.backend import Backend, NumpyBackend, TorchBackend
 from adapterpack.base import CONFIG, INDEX, Base
-from adapterpack.errors import AdapterpackError, InvalidFile, NothingChanged, UsageError
+from adapterpack.errors import AdapterpackError, NothingChanged, UsageError
 from adapterpack.io import atomic, safetensors
 from adapterpack.io import json as strict_json
-from adapterpack.io.files import WholeFile
-from adapterpack.tensor import Tensor, chunks
-
-_OTHER_WEIGHTS = {
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".keras",
-    ".msgpack",
-    ".npz",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-    ".pb",
-    ".pkl",
-    ".pickle",
-    ".pt",
-    ".pth",
-    ".safetensors",
-    ".tflite",
-    ".xml",
-}
-"""Weights in other forms would be those of the base: they are left out and named."""
-_NEVER_CARRIED = {".git", ".cache", "__pycache__"}
+from adapterpack.shards import Segment, Shard, write_shards
 
 
 @dataclass(frozen=True)
@@ -117,29 +97,82 @@ def merge(
         for source in sources:
             checkpoint = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
             parsed.append(methods.parse(stack.enter_context(checkpoint)))
-        xp = Backend(device, jobs)
-        p = plan.make(parsed, base, xp, weights=weights)
-        job = _Job(base, p, xp, once=rounding == "once", progress=progress)
-        carried, left = _other_files(base)
+        p = plan.make(parsed, base, weights=weights)
+        once = rounding == "once"
+        carried, left = base_files.others(base)
         notes = [base.prefix_note] if base.prefix_note else []
         if dry_run:
             return _planned(target, p, base, sum(f.nbytes for f in carried.values()), left, notes)
+        backend = _backend(p, device, once, stack)
+        workers = jobs or _cores()
+        changed: list[str] = []
         with atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage:
-            job.write(stage)
-            _carry(carried, stage, skip=job.written)
+            layout = _layout(base, p, p.head is not None and _parts(base, p, backend.result(), once=once))
+            write_shards(
+                stage,
+                layout.shards,
+                backend,
+                jobs=workers,
+                once=once,
+                finished=lambda _, names: changed.extend(names),
+                progress=progress,
+            )
+            written = {s.name for s in layout.shards}
+            if layout.parted is not None:
+                written |= _untie(base, layout, stage)
+                changed += [layout.parted] if layout.parted not in changed else []
+                notes.append(
+                    f"{base.embedding} and {layout.parted} were tied and differ now: both are written, and"
+                    " tie_word_embeddings is false"
+                )
+            base_files.carry(carried, stage, skip=written)
             for _, adapter in parsed:
                 adapter.source.still_same()
             base.check_unchanged()
-            if not job.changed:
+            if not changed:
                 raise NothingChanged(
                     "the merge would change nothing: every touched weight stays what it is",
                     hint="is B all zero, or the change too small for the base's dtype? see adapterpack check",
                 )
             if verify != "off":
-                _verify(p, base, stage, xp, None if verify == "full" else _sample(job.changed))
+                _verify(p, base, stage, backend.result(), None if verify == "full" else _sample(changed))
             size = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
-        notes += job.notes
-        return _result(target, p, len(job.changed), job.total - len(job.changed), size, left, notes)
+        if backend.result().name == "torch cpu" and not p.torch:
+            exactness.prove_numpy(backend.result(), p.products())
+        touched = [s for shard in layout.shards for s in shard.segments if s.steps]
+        quiet = len(touched) - len(changed)
+        if quiet > 0:
+            notes.append(f"{quiet} of {len(touched)} touched tensors stay what they are: their change is too small")
+        total = sum(len(shard.segments) for shard in layout.shards)
+        return _result(target, p, len(changed), total - len(changed), size, left, notes)
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _backend(p: plan.Plan, device: str, once: bool, stack: ExitStack) -> Future[Backend]:
+    """numpy where it is known to give PEFT's bits; else torch, imported while other work goes on."""
+    products = p.products()
+    ready: Future[Backend] = Future()
+    portable = not p.torch and (once or exactness.numpy_proven(products))
+    if portable and device in ("auto", "cpu"):
+        numpy = NumpyBackend()
+        stack.enter_context(numpy.one_thread())
+        ready.set_result(numpy)
+        return ready
+
+    def load() -> None:
+        try:
+            torch = TorchBackend("cpu" if device == "auto" else device)
+            stack.enter_context(torch.one_thread())
+            ready.set_result(torch)
+        except BaseException as e:
+            ready.set_exception(e)
+
+    threading.Thread(target=load, daemon=True).start()
+    return ready
 
 
 def _planned(target: Path, p: plan.Plan, base: Base, carried: int, left: list[str], notes: list[str]) -> Merge:
@@ -156,108 +189,89 @@ def _result(
     return Merge(str(target), p.modules, changed, copied, size, (), tuple(left), tuple(notes))
 
 
-class _Job:
-    """One merge: writes the shards, the index and the config, and counts."""
+@dataclass(frozen=True)
+class _Layout:
+    """The files that hold the weights of the merged model.
 
-    def __init__(self, base: Base, p: plan.Plan, xp: Backend, *, once: bool, progress: Progress | None) -> None:
-        self._base, self._plan, self._xp, self._once = base, p, xp, once
-        self._progress = progress
-        self._done = 0
-        self._bytes = sum(t.nbytes for t in base.tensors.values())
-        self.changed: list[str] = []
-        self.total = len(base.tensors)
-        self.written: set[str] = set()
-        self.notes: list[str] = []
-        self._untied = False
+    Attributes:
+        shards: As they will be written.
+        parted: Name of output embeddings that part from the input embeddings; None: nothing parts.
+    """
 
-    def write(self, stage: Path) -> None:
-        parted, home = self._part(), self._home()
-        idle = [n for n in self._plan.steps if n not in parted]
-        for shard, header in self._base.shards.items():
-            added = {n: t for n, t in parted.items() if n not in self._base.tensors and shard == home}
-            raw = header.raw
-            if added:
-                raw = safetensors.header_bytes([*header.tensors.items(), *added.items()], header.metadata)
-            with atomic.create(stage / shard) as out:
-                out.write(raw)
-                for name, tensor in header.tensors.items():
-                    self._tensor(out, name, tensor, parted)
-                for name, tensor in added.items():
-                    self._copy(out, tensor)
-                    self.changed.append(name)
-            self.written.add(shard)
-        quiet = len([n for n in idle if n not in self.changed])
-        if quiet and self.changed:
-            self.notes.append(f"{quiet} of {len(idle)} touched tensors stay what they are: their change is too small")
-        if self._untied:
-            self._untie(stage, parted)
+    shards: tuple[Shard, ...]
+    parted: str | None
 
-    def _home(self) -> str | None:
-        """The shard of the input embeddings, where an untied head goes too."""
-        return next((s for s, h in self._base.shards.items() if self._base.embedding in h.tensors), None)
 
-    def _part(self) -> dict[str, Tensor]:
-        """Input and output embeddings that were tied and really differ now, computed ahead of the header."""
-        if self._plan.head is None:
-            return {}
-        base, head = self._base, self._plan.head.name
-        embedding = base.embedding
-        assert embedding is not None
-        source = base.tensors[embedding]
-        ours_steps, head_steps = self._plan.steps.get(embedding, ()), self._plan.head.steps
-        ours = self._computed(source, ours_steps)
-        theirs = self._computed(source, head_steps)
-        if self._plan.head.one:
-            (exact, _), (other, _) = (plan.exact(source, s, self._xp) for s in (ours_steps, head_steps))
-            if plan.rounding_apart(exact, other, self._xp.native(source)):
-                theirs = ours
-        if ours.equals(theirs):
-            return {embedding: ours} | ({head: theirs} if head in base.tensors else {})
-        self._untied = True
-        self.total += head not in base.tensors
-        self.notes.append(
-            f"{embedding} and {head} were tied and differ now: both are written, and tie_word_embeddings is false"
-        )
-        return {embedding: ours, head: theirs}
+def _layout(base: Base, p: plan.Plan, parted: bool) -> _Layout:
+    """The shards: header bytes are the base's where nothing is added."""
+    steps, head = dict(p.steps), None
+    embedding = base.embedding
+    if p.head is not None and embedding is not None:
+        if parted:
+            head = p.head.name
+            steps[head] = p.head.steps
+        elif p.head.name in base.tensors:
+            steps[p.head.name] = steps.get(embedding, ())
+    shards = []
+    for name, header in base.shards.items():
+        tensors = dict(header.tensors)
+        raw = header.raw
+        if head is not None and head not in base.tensors and embedding in tensors:
+            # A head that had no tensor of its own begins as the embedding does, and lies beside it.
+            tensors[head] = base.tensors[embedding]
+            raw = safetensors.header_bytes(tensors.items(), header.metadata)
+        at, segments = len(raw), []
+        for key, tensor in tensors.items():
+            segments.append(Segment(key, tensor, steps.get(key, ()), at))
+            at += tensor.nbytes
+        shards.append(Shard(name, raw, tuple(segments)))
+    return _Layout(tuple(shards), head)
 
-    def _computed(self, tensor: Tensor, steps: tuple[plan.Step, ...]) -> Tensor:
-        if not steps:
-            return tensor
-        return self._xp.tensor(plan.compute(tensor, steps, self._xp, once=self._once))
 
-    def _tensor(self, out: BinaryIO, name: str, tensor: Tensor, parted: Mapping[str, Tensor]) -> None:
-        steps = self._plan.steps.get(name, ())
-        new = parted[name] if name in parted else self._computed(tensor, steps)
-        if new is not tensor and not new.equals(tensor):
-            self.changed.append(name)
-        self._copy(out, new)
+def _parts(base: Base, p: plan.Plan, xp: Backend, *, once: bool) -> bool:
+    """Do input and output embeddings that were tied really differ now?"""
+    if p.head is None or base.embedding is None:
+        return False
+    source = base.tensors[base.embedding]
+    sides = [plan.LoadedSteps.read(source, s, xp) for s in (p.steps.get(base.embedding, ()), p.head.steps)]
+    differ, apart, change = False, 0.0, 0.0
+    for block in plan.blocks(source, [s for side in sides for _, s in side.steps], xp, once=once):
+        w = sides[0].base(block)
+        ours, theirs = (xp.buffer(side.changed(w, block, once=once)) for side in sides)
+        if (ours == theirs).all():
+            continue
+        differ = True
+        if not p.head.one:
+            return True
+        x, y = (side.exact(w, block)[0] for side in sides)
+        apart += float(((x - y) ** 2).sum())
+        change += float(((x - xp.f64(w)) ** 2).sum())
+    # Both were trained as one: what differs is the order of f32 sums, unless it is more than that.
+    return differ and math.sqrt(apart) > EQUIVALENT_ERROR * math.sqrt(change)
 
-    def _copy(self, out: BinaryIO, tensor: Tensor) -> None:
-        for chunk in chunks(tensor.source):
-            out.write(chunk)
-            self._done += len(chunk)
-            if self._progress:
-                self._progress("merge", min(self._done, self._bytes), self._bytes)
 
-    def _untie(self, stage: Path, parted: Mapping[str, Tensor]) -> None:
-        config = _untied_config(self._base.config)
-        self._file(stage, CONFIG, strict_json.dump(config))
-        home = self._home()
-        added = {n: t for n, t in parted.items() if n not in self._base.tensors}
-        if self._base.index is not None and added:
-            index = dict(self._base.index)
-            index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, home)}.items()))
-            metadata = dict(index.get("metadata") or {})
-            for field, more in (("total_size", "nbytes"), ("total_parameters", "numel")):
-                if type(metadata.get(field)) is int:
-                    metadata[field] += sum(getattr(t, more) for t in added.values())
-            index["metadata"] = metadata
-            self._file(stage, INDEX, strict_json.dump(index))
+def _untie(base: Base, layout: _Layout, stage: Path) -> set[str]:
+    """Write the config, and the index where a tensor was added, of a model whose embeddings part."""
+    _file(stage, CONFIG, strict_json.dump(_untied_config(base.config)))
+    added = {s.name: (s.tensor, shard.name) for shard in layout.shards for s in shard.segments}
+    added = {name: where for name, where in added.items() if name not in base.tensors}
+    if base.index is None or not added:
+        return {CONFIG}
+    index = dict(base.index)
+    homes = {name: shard for name, (_, shard) in added.items()}
+    index["weight_map"] = dict(sorted({**index["weight_map"], **homes}.items()))
+    metadata = dict(index.get("metadata") or {})
+    for field, more in (("total_size", "nbytes"), ("total_parameters", "numel")):
+        if type(metadata.get(field)) is int:
+            metadata[field] += sum(getattr(t, more) for t, _ in added.values())
+    index["metadata"] = metadata
+    _file(stage, INDEX, strict_json.dump(index))
+    return {CONFIG, INDEX}
 
-    def _file(self, stage: Path, name: str, data: bytes) -> None:
-        with atomic.create(stage / name) as out:
-            out.write(data)
-        self.written.add(name)
+
+def _file(stage: Path, name: str, data: bytes) -> None:
+    with atomic.create(stage / name) as out:
+        out.write(data)
 
 
 def _untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,54 +282,21 @@ def _untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return untied
 
 
-def _other_files(base: Base) -> tuple[dict[str, WholeFile], list[str]]:
-    """Every file that is carried, by path below the base, and the names of those that are not."""
-    carried: dict[str, WholeFile] = {}
-    left: list[str] = []
-    for path in _walk(base.path, (base.path.resolve(),)):
-        name = path.relative_to(base.path).as_posix()
-        if name in base.shards:
-            continue
-        if not path.exists():
-            raise InvalidFile(f"{path} is a link that leads nowhere", hint="remove it from the base")
-        other_index = name.endswith(".index.json") and name != INDEX
-        if path.suffix in _OTHER_WEIGHTS or other_index:
-            left.append(name)
-        else:
-            if not path.is_file():
-                raise InvalidFile(f"{path} is not a regular file")
-            carried[name] = WholeFile(path, path.stat().st_size)
-    return carried, left
+_SAMPLES = 16
 
 
-def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All files below a directory; links are followed, but never round in a circle."""
-    for entry in sorted(directory.iterdir()):
-        if entry.name in _NEVER_CARRIED:
-            continue
-        if not entry.is_dir():
-            yield entry
-        elif entry.resolve() not in above:
-            yield from _walk(entry, (*above, entry.resolve()))
+def _sample(changed: list[str]) -> dict[str, tuple[int, ...]]:
+    """A few blocks over all changed tensors: a slip in offsets, order or scale shows in one of them."""
+    names = sorted(changed)
+    spread = [names[i * len(names) // _SAMPLES] for i in range(_SAMPLES)]
+    chosen: dict[str, tuple[int, ...]] = {}
+    for n, name in enumerate(spread):
+        # Not always the same rows: first, last, and in between.
+        chosen[name] = (*chosen.get(name, ()), n * 0x9E3779B1 % (1 << 32))
+    return chosen
 
 
-def _carry(files: Mapping[str, WholeFile], stage: Path, *, skip: set[str]) -> None:
-    for name, source in files.items():
-        if name in skip:
-            continue
-        target = stage / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.create(target) as out:
-            for chunk in chunks(source):
-                out.write(chunk)
-
-
-def _sample(changed: list[str]) -> list[str]:
-    """First, middle and last: cheap, and a slip in offsets or order shows in one of them."""
-    return sorted({changed[0], changed[len(changed) // 2], changed[-1]})
-
-
-def _verify(p: plan.Plan, base: Base, stage: Path, xp: Backend, only: list[str] | None) -> None:
+def _verify(p: plan.Plan, base: Base, stage: Path, xp: Backend, only: Mapping[str, tuple[int, ...]] | None) -> None:
     """Read merged tensors back and compare them with f64 arithmetic: another path than the one that made them."""
     with Base(stage) as merged:
         _, findings = merged_model.compare(p, base, merged, xp, max_error=0.0, only=only)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 
 from adapterpack import plan
-from adapterpack.adapter import Finding, ModuleError, Progress
+from adapterpack.adapter import Block, Finding, ModuleError, Progress
 from adapterpack.backend import Array, Backend
 from adapterpack.base import Base
 from adapterpack.tensor import DType, Tensor
@@ -15,7 +15,6 @@ _UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Half a unit in the last place, relative."""
 _TINY = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
 """The smallest subnormal."""
-_ROWS = 1024
 _BIAS = 1e-3
 """Honest rounding is unbiased; the share of the delta that may be missing on average all the same."""
 
@@ -27,7 +26,7 @@ def compare(
     xp: Backend,
     *,
     max_error: float,
-    only: Collection[str] | None = None,
+    only: Mapping[str, Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[ModuleError], list[Finding]]:
     """Hold every tensor of `merged` against what a plan makes of `base`.
@@ -37,7 +36,7 @@ def compare(
 
     Args:
         max_error: A tensor whose relative error is at most this agrees in any case.
-        only: Names on disk to look at; None for all.
+        only: Names on disk to look at, and numbers that pick blocks of each; None for all of everything.
 
     Returns:
         Errors of the changed tensors, and findings.
@@ -64,7 +63,7 @@ def compare(
                 continue
             found = merged.tensors[merged.embedding or name]
         if name in wanted:
-            error, finding = _changed(name, *wanted[name], found, xp, max_error)
+            error, finding = _changed(name, *wanted[name], found, xp, max_error, None if only is None else only[name])
             errors += [error] if error else []
         else:
             finding = _untouched(name, base.tensors[name], found)
@@ -102,18 +101,21 @@ def _untouched(name: str, before: Tensor, after: Tensor) -> Finding | None:
 
 
 def _changed(
-    name: str, before: Tensor, steps: tuple[plan.Step, ...], after: Tensor, xp: Backend, max_error: float
+    name: str,
+    before: Tensor,
+    steps: tuple[plan.Step, ...],
+    after: Tensor,
+    xp: Backend,
+    max_error: float,
+    picks: Sequence[int] | None,
 ) -> tuple[ModuleError | None, Finding | None]:
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return None, _untouched(name, before, after)
-    w, m = xp.native(before), xp.native(after)
-    exact, rounded = plan.exact(before, steps, xp)
-    ours = plan.compute(before, steps, xp)
-    sums = _Sums(after.dtype)
-    noise = plan.noise(before, steps, xp)
-    flat = [t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (w, m, exact, ours, rounded, noise)]
-    for start in range(0, flat[0].shape[0], _ROWS):
-        sums.add(*(t[start : start + _ROWS] for t in flat))
+    loaded, theirs = plan.LoadedSteps.read(before, steps, xp), plan.LoadedSteps.read(after, (), xp)
+    sums = _Sums(xp, after.dtype)
+    blocks = plan.blocks(before, steps, xp)
+    for n in range(len(blocks)) if picks is None else sorted({n % len(blocks) for n in picks}):
+        sums.add(loaded, blocks[n], theirs.base(blocks[n]))
     error = ModuleError(name, sums.max_abs, sums.rel_error)
     if sums.nonfinite:
         return error, Finding("nan", name, "the merged tensor has NaN or infinite values")
@@ -125,7 +127,8 @@ def _changed(
 class _Sums:
     """Statistics of one tensor, gathered block by block in f64."""
 
-    def __init__(self, dtype: DType) -> None:
+    def __init__(self, xp: Backend, dtype: DType) -> None:
+        self._xp = xp
         self._unit, self._tiny = _UNIT[dtype.name], _TINY[dtype.name]
         self.max_abs = 0.0
         self.nonfinite = False
@@ -133,13 +136,16 @@ class _Sums:
         self._error2 = self._delta2 = 0.0
         self._theirs = self._ours = self._lean = self._lean2 = 0.0
 
-    def add(self, w: Array, m: Array, exact: Array, ours: Array, rounded: Array, noise: Array) -> None:
-        w, m, ours = w.double(), m.double(), ours.double()
-        delta, error = exact - w, (m - exact).abs()
-        self.nonfinite |= not bool(m.isfinite().all())
-        allowed = self._unit * 1.01 * rounded + noise + self._tiny
+    def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
+        f64 = self._xp.f64
+        base = loaded.base(block)
+        exact, rounded = loaded.exact(base, block)
+        allowed = rounded * (self._unit * 1.01) + f64(loaded.noise(base, block)) + self._tiny
+        w, m, ours = f64(base), f64(theirs), f64(loaded.changed(base, block))
+        delta, error = exact - w, abs(m - exact)
+        self.nonfinite |= not self._xp.finite(m)
         self._outside += int((error > allowed).sum())
-        self._count += error.numel()
+        self._count += math.prod(error.shape)
         self.max_abs = max(self.max_abs, float(error.max()))
         self._error2 += float((error * error).sum())
         self._delta2 += float((delta * delta).sum())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Change, Effect, Kind, Method, Request
-from adapterpack.backend import Array, Backend
+from adapterpack import exactness
+from adapterpack.adapter import Adapter, Block, Change, Effect, Kind, Loaded, Method, Product, Request
+from adapterpack.backend import Array, Backend, NumpyBackend
 from adapterpack.base import Base
-from adapterpack.errors import InvalidFile, LossRefused, Unsupported
+from adapterpack.errors import LossRefused, Unsupported
 from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
-from adapterpack.tensor import BF16, F16, F32, Tensor
+from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
 _SHOWN = 5
 
@@ -21,6 +23,10 @@ class Step:
 
     change: Change
     kind: Kind
+
+    def block(self, block: Block) -> Block:
+        """A block of the tensor, as this change sees the tensor."""
+        return replace(block, kind=self.kind)
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,24 @@ class Plan:
     head: Head | None
     modules: int
 
+    def all_steps(self) -> Iterator[Step]:
+        for steps in self.steps.values():
+            yield from steps
+        if self.head is not None:
+            yield from self.head.steps
+
+    @property
+    def torch(self) -> bool:
+        """Does some change take torch?"""
+        return any(s.change.torch for s in self.all_steps())
+
+    def products(self) -> frozenset[Product]:
+        return frozenset(p for s in self.all_steps() for p in s.change.products(s.kind))
+
 
 def make(
     adapters: Sequence[tuple[Method, Adapter]],
     base: Base,
-    xp: Backend,
     *,
     weights: Sequence[float] | None = None,
 ) -> Plan:
@@ -79,7 +98,7 @@ def make(
     for n, (method, adapter) in enumerate(adapters):
         weight = 1.0 if weights is None else weights[n]
         used: set[str] = set()
-        for change in method.changes(adapter, Request(xp=xp, shapes=base)):
+        for change in method.changes(adapter, Request(NumpyBackend(), shapes=base)):
             used |= change.uses
             scaled = change if weight == 1.0 else _scaled(change, weight)
             tensor = base.tensor(change.target)
@@ -139,54 +158,85 @@ def _is_rows(change: Change) -> bool:
     return isinstance(change, ReplaceChange) and change.replaced.rows is not None
 
 
-def compute(tensor: Tensor, steps: Sequence[Step], xp: Backend, *, once: bool = False) -> Array:
-    """The changed tensor, in the dtype of the base.
+def blocks(tensor: Tensor, steps: Sequence[Step], xp: Backend, *, once: bool = False) -> list[Block]:
+    """How a tensor is cut for these changes: into blocks of rows if that gives the bits of the whole.
 
     Args:
+        once: Bits are not PEFT's in any case.
+    """
+    rows, width = as_matrix(tensor.shape)
+    whole = any(s.change.whole(s.kind) for s in steps)
+    if not once and not whole:
+        whole = not all(exactness.splits(xp, p) for s in steps for p in s.change.products(s.kind))
+    bounds = [(0, rows)] if whole else exactness.cut(rows, width)
+    return [Block(Kind.OTHER, slice(*b), b == (0, rows), tensor.dtype) for b in bounds]
+
+
+def as_matrix(shape: Shape) -> tuple[int, int]:
+    """Rows and what lies behind each; a vector is a column."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+@dataclass(frozen=True)
+class LoadedSteps:
+    """The changes of one base tensor, read and ready.
+
+    Attributes:
         tensor: As the base has it.
-        once: f64 throughout and one rounding at the end; else PEFT's own arithmetic.
-
-    Raises:
-        InvalidFile: the result is not finite: NaN in the adapter, or too large for the dtype.
+        steps: Its changes, in order.
+        xp: Where they compute.
     """
-    w = xp.native(tensor)
-    for step in steps:
-        change = step.change.load(xp)
+
+    tensor: Tensor
+    steps: tuple[tuple[Loaded, Step], ...]
+    xp: Backend
+
+    @classmethod
+    def read(cls, tensor: Tensor, steps: Sequence[Step], xp: Backend) -> LoadedSteps:
+        return cls(tensor, tuple((s.change.load(xp), s) for s in steps), xp)
+
+    def base(self, block: Block) -> Array:
+        """A block of the tensor as the base has it, in its own dtype."""
+        _, width = as_matrix(self.tensor.shape)
+        size = width * self.tensor.dtype.bits // 8
+        data = self.tensor.source.read(block.rows.start * size, block.rows.stop * size)
+        height = block.rows.stop - block.rows.start
+        return self.xp.array(data, self.tensor.dtype, (height, width) if len(self.tensor.shape) > 1 else (height,))
+
+    def changed(self, w: Array, block: Block, *, once: bool = False) -> Array:
+        """A block with its changes, in the dtype of the base.
+
+        Args:
+            w: As the base has it.
+            once: f64 throughout and one rounding at the end; else PEFT's own arithmetic.
+        """
+        xp, dtype = self.xp, self.tensor.dtype
+        if once:
+            w = xp.f64(w)
+            for change, step in self.steps:
+                w = change.exact(w, step.block(block))
+            return xp.round(w, dtype)
         # PEFT rounds after each change, for each is stored before the next one comes.
-        w = change.exact(w, step.kind) if once else xp.round(change.apply(w, step.kind), tensor.dtype)
-    w = xp.round(w, tensor.dtype)
-    if not bool(xp.torch.isfinite(w).all()):
-        raise InvalidFile(
-            f"merging {steps[0].change.module} gives values that are NaN, infinite or too large for {tensor.dtype}",
-            hint="adapterpack check names the broken tensors",
-        )
-    return w
+        for change, step in self.steps:
+            w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)
+        return w
 
+    def exact(self, w: Array, block: Block) -> tuple[Array, Array]:
+        """The changed block in f64, and the sum of the magnitudes that an honest merge rounds on the way.
 
-def exact(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> tuple[Array, Array]:
-    """The changed tensor in f64, not rounded, and the sum of the magnitudes that an honest merge rounds on the way.
+        Each step's result is rounded; and some tools round an added delta before they add it.
+        """
+        w = self.xp.f64(w)
+        rounded = w * 0
+        for change, step in self.steps:
+            changed = change.exact(w, step.block(block))
+            rounded = rounded + abs(changed)
+            if step.change.effect is not Effect.REPLACE:
+                rounded = rounded + abs(changed - w)
+            w = changed
+        return w, rounded
 
-    Each step's result is rounded; and some tools round an added delta before they add it.
-    """
-    w = xp.native(tensor).double()
-    rounded = xp.torch.zeros_like(w)
-    for step in steps:
-        changed = step.change.load(xp).exact(w, step.kind)
-        rounded += changed.abs()
-        if step.change.effect is not Effect.REPLACE:
-            rounded += (changed - w).abs()
-        w = changed
-    return w, rounded
-
-
-def noise(tensor: Tensor, steps: Sequence[Step], xp: Backend) -> Array:
-    """How far f32 arithmetic may stray from `exact`, element by element, f32."""
-    w = xp.native(tensor)
-    return sum(
-        (s.change.load(xp).noise(w, s.kind) for s in steps), start=xp.torch.zeros(tensor.shape, device=xp.device)
-    )
-
-
-def rounding_apart(x: Array, y: Array, w: Array) -> bool:
-    """Are two f64 results of one weight the same but for the order of f32 sums?"""
-    return float((x - y).norm()) <= EQUIVALENT_ERROR * float((x - w.double()).norm())
+    def noise(self, w: Array, block: Block) -> Array:
+        """How far f32 arithmetic may stray from `exact`, element by element, f32."""
+        w = self.xp.f32(w)
+        return sum((change.noise(w, step.block(block)) for change, step in self.steps), start=w * 0)

@@ -113,10 +113,26 @@ class Memory:
         return self.data[start:stop]
 
 
-def chunks(source: Source, size: int = limits.CHUNK_BYTES) -> Iterator[bytes]:
-    """All bytes of a source, a few MiB at a time."""
-    for start in range(0, source.nbytes, size):
-        yield source.read(start, min(start + size, source.nbytes))
+def chunks(source: Source, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """The bytes [start, stop) of a source, by default all, a few MiB at a time."""
+    stop = source.nbytes if stop is None else stop
+    for first in range(start, stop, limits.CHUNK_BYTES):
+        yield source.read(first, min(first + limits.CHUNK_BYTES, stop))
+
+
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+"""All bits of the exponent: with them stand infinities and NaN."""
+
+
+def nonfinite(data: Array, dtype: DType) -> bool:
+    """Are there infinities or NaN among these bytes (flat uint8) of F32, F16 or BF16 values?"""
+    import numpy as np
+
+    if not data.size:
+        return False
+    words: Array = data.view(np.uint32 if dtype.bits == 32 else np.uint16)
+    exponent = _EXPONENT[dtype.name]
+    return int(np.bitwise_and(words, exponent).max()) == exponent
 
 
 def digest(source: Source) -> str:
@@ -210,11 +226,18 @@ class _Cast:
         first, last = start // new, -(-min(stop, self.nbytes) // new)
         data = self.tensor.source.read(first * old, last * old)
         values = np.frombuffer(data, dtype=numpy_dtype(self.tensor.dtype))
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self.tensor.dtype.name == "F64" and self.dtype is BF16:
-                values = _to_odd(values)
-            cast = values.astype(numpy_dtype(self.dtype)).tobytes()
+        cast = round_values(values, self.dtype).tobytes()
         return cast[start - first * new : stop - first * new]
+
+
+def round_values(values: Array, dtype: DType) -> Array:
+    """Float values in another float dtype, to nearest even, rounded once; NaN stays NaN."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        if values.dtype == np.float64 and dtype is BF16:
+            values = _to_odd(values)
+        return values.astype(numpy_dtype(dtype), copy=False)
 
 
 def _to_odd(values: Array) -> Array:

@@ -24,7 +24,7 @@ from adapterpack.adapter import (
     Progress,
     Request,
 )
-from adapterpack.backend import Backend
+from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, INDEX, SINGLE, Base
 from adapterpack.errors import UsageError
 from adapterpack.methods import _lowrank
@@ -84,7 +84,7 @@ def verify(
         UsageError: B is a model and no base is given.
         WrongBase, InvalidFile, Unsupported: one of them cannot be read.
     """
-    xp = Backend(device)
+    xp = TorchBackend(device)
     with ExitStack() as stack:
         source = stack.enter_context(containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle))
         method_a, adapter_a = methods.parse(source)
@@ -93,7 +93,7 @@ def verify(
             if model is None:
                 raise UsageError(f"{b} is a model: name what it was merged into", hint="--base BASE")
             merged = stack.enter_context(Base(Path(b)))
-            merge_plan = plan.make([(method_a, adapter_a)], model, xp)
+            merge_plan = plan.make([(method_a, adapter_a)], model)
             errors, findings = merged_model.compare(
                 merge_plan, model, merged, xp, max_error=max_error or 0.0, progress=progress
             )
@@ -298,15 +298,20 @@ class _Pair:
 
     def _through(self, model: Base) -> ModuleError:
         tensor = model.tensor(self.target)
-        w = self.xp.native(tensor).double()
-        results = []
+        sides = []
         for side in (self.x, self.y):
-            changed = w
-            for change in side:
-                kind = change.place(tensor.shape, model.conv1d(change.module))
-                changed = change.load(self.xp).exact(changed, kind)
-            results.append(changed)
-        return _dense_error(self.target, results[0], results[1], results[0] - w)
+            steps = [plan.Step(c, c.place(tensor.shape, model.conv1d(c.module))) for c in side]
+            sides.append(plan.LoadedSteps.read(tensor, steps, self.xp))
+        squares_d = squares_r = max_abs = 0.0
+        steps = [s for loaded in sides for _, s in loaded.steps]
+        for block in plan.blocks(tensor, steps, self.xp, once=True):
+            w = sides[0].base(block)
+            x, y = (loaded.exact(w, block)[0] for loaded in sides)
+            d, reference = x - y, x - self.xp.f64(w)
+            max_abs = _max(max_abs, float(abs(d).max()))
+            squares_d += float((d * d).sum())
+            squares_r += float((reference * reference).sum())
+        return ModuleError(self.target, max_abs, _ratio(math.sqrt(squares_d), math.sqrt(squares_r)))
 
 
 def _delta(changes: list[Loaded], rows: slice) -> Array:

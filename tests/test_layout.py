@@ -18,9 +18,9 @@ LAYERS = [
     {"errors", "limits", "version"},
     {"io", "tensor"},
     {"adapter", "checkpoint", "recipes", "architectures"},
-    {"backend"},
+    {"backend", "exactness"},
     {"methods", "containers"},
-    {"base", "hub", "plan", "casting", "card", "merged_model"},
+    {"base", "hub", "plan", "casting", "card", "merged_model", "shards", "base_files"},
     {"inspect", "check", "convert", "compress", "verify", "merge"},
     {"cli"},
 ]

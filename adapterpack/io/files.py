@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from adapterpack.errors import ChangedWhileReading, InvalidFile
+
+_PAGE, _CHUNK = 4096, 4 << 20
+_CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+def write(fd: int, data: Any, at: int) -> None:
+    """Write all bytes of a buffer at a position of a file. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, at)
+        view, at = view[n:], at + n
 
 
 def _changed(path: Path) -> ChangedWhileReading:
@@ -56,6 +69,34 @@ class OpenFile:
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def copy(self, start: int, stop: int, fd: int, at: int) -> None:
+        """Copy the bytes [start, stop) to position `at` of another file, inside the kernel where it can.
+
+        Raises:
+            ChangedWhileReading: the file is shorter than it was.
+            OSError: the other file cannot be written.
+        """
+        edges = [start, stop]
+        if start % _PAGE == at % _PAGE and stop - start > 2 * _PAGE:
+            # File systems that share extents do so for whole blocks only.
+            edges = [start, -(-start // _PAGE) * _PAGE, stop // _PAGE * _PAGE, stop]
+        for first, last in itertools.pairwise(edges):
+            self._copy(first, last, fd, at + first - start)
+
+    def _copy(self, start: int, stop: int, fd: int, at: int) -> None:
+        while start < stop:
+            try:
+                n = os.copy_file_range(self._fd, fd, stop - start, start, at)
+            except (AttributeError, OSError) as e:
+                if isinstance(e, OSError) and e.errno not in _CANNOT_COPY:
+                    raise
+                for first in range(start, stop, _CHUNK):
+                    write(fd, self.read(first, min(first + _CHUNK, stop)), at + first - start)
+                return
+            if not n:
+                raise _changed(self.path)
+            start, at = start + n, at + n
 
     def check_unchanged(self) -> None:
         """Raise ChangedWhileReading if somebody has written to the file since it was opened."""

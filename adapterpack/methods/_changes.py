@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from adapterpack.adapter import Adapter, Effect, Kind, Loaded, LowRank, Replaced
+from adapterpack.adapter import Adapter, Block, Effect, Kind, Loaded, LowRank, Product, Replaced
 from adapterpack.errors import WrongBase
 from adapterpack.tensor import Shape
 
@@ -21,7 +22,8 @@ _EPS = 2.0**-24
 """Half a unit in the last place of float32, relative."""
 
 
-def _transposed(kind: Kind) -> bool:
+def transposed(kind: Kind) -> bool:
+    """Does the stored weight lie as (in, out)?"""
     return kind in (Kind.CONV1D, Kind.EMBEDDING)
 
 
@@ -33,9 +35,11 @@ class LowRankChange:
         module: Path of the module.
         factors: Reads the tensors and gives (B, A), f32, (out, r) and (r, in).
         shape: Logical (out, in).
+        rank: Rows of A.
         fan_in_fan_out: The config's word on how the weight lies, for square weights.
         layer: LINEAR (or Conv1D: the base decides) or EMBEDDING.
         round_delta: PEFT rounds the delta to the base dtype before it adds (embeddings).
+        torch: Do the factors take torch to compute?
         factor_noise: What computing the factors in f32 may lose, in half units in the last place of the sum
             of the terms; 0 where the file holds them as they are.
     """
@@ -43,11 +47,13 @@ class LowRankChange:
     module: str
     factors: Factors
     shape: tuple[int, int]
+    rank: int
     scale: float
     uses: frozenset[str]
     layer: Kind = Kind.LINEAR
     fan_in_fan_out: bool = False
     round_delta: bool = False
+    torch: bool = False
     factor_noise: float = 0.0
 
     effect = Effect.ADD
@@ -55,6 +61,12 @@ class LowRankChange:
     @property
     def target(self) -> str:
         return f"{self.module}.weight"
+
+    def whole(self, kind: Kind) -> bool:
+        return False
+
+    def products(self, kind: Kind) -> tuple[Product, ...]:
+        return (Product(self.shape[0], self.rank, self.shape[1], transposed(kind)),)
 
     def place(self, shape: Shape, conv1d: bool | None) -> Kind:
         out, into = self.shape
@@ -106,34 +118,53 @@ class LoadedLowRank:
         return self.factors
 
     def delta(self, rows: slice) -> Array | None:
-        f = self.factors
-        return (f.b[rows].double() @ f.a.double()) * f.scale
+        b, a = self._f64
+        return (b[rows] @ a) * self.factors.scale
+
+    @cached_property
+    def _f64(self) -> tuple[Array, Array]:
+        return self.xp.f64(self.factors.b), self.xp.f64(self.factors.a)
 
     def parts(self) -> Mapping[str, Array]:
         return {"B": self.factors.b * self.factors.scale, "A": self.factors.a}
 
-    def stored_delta(self, kind: Kind) -> Array:
+    def stored_delta(self, block: Block) -> Array:
         """f32, as the weight lies: the product, then the transpose, then the scale, in PEFT's order."""
-        product = self.factors.b @ self.factors.a
-        return (product.T if _transposed(kind) else product) * self.factors.scale
+        delta = _product(self.factors.b, self.factors.a, block)
+        delta *= self.factors.scale
+        return delta
 
-    def apply(self, w: Array, kind: Kind) -> Array:
-        delta = self.stored_delta(kind)
+    def apply(self, w: Array, block: Block) -> Array:
+        delta = self.stored_delta(block)
         if self.round_delta:
-            delta = delta.to(w.dtype)
-        return w.float() + delta.float()
+            delta = self.xp.f32(self.xp.round(delta, block.dtype))
+        if transposed(block.kind):
+            # In the layout of W: DoRA's norms sum in the order of memory.
+            return w + delta
+        delta += w
+        return delta
 
-    def exact(self, w: Array, kind: Kind) -> Array:
-        delta = self.delta(slice(None))
-        assert delta is not None
-        return w.double() + (delta.T if _transposed(kind) else delta)
+    def exact_delta(self, block: Block) -> Array:
+        """f64, as the weight lies."""
+        delta = _product(*self._f64, block)
+        delta *= self.factors.scale
+        return delta
 
-    def noise(self, w: Array, kind: Kind) -> Array:
+    def exact(self, w: Array, block: Block) -> Array:
+        return w + self.exact_delta(block)
+
+    def noise(self, w: Array, block: Block) -> Array:
         """A sum of r products: its r roundings are of partial sums, and do not all point one way."""
         f = self.factors
         units = 2 * (1 + math.sqrt(f.a.shape[0])) + self.factor_noise
-        terms = (f.b.abs() @ f.a.abs()) * (abs(f.scale) * units * _EPS)
-        return terms.T if _transposed(kind) else terms
+        return _product(abs(f.b), abs(f.a), block) * (abs(f.scale) * units * _EPS)
+
+
+def _product(b: Array, a: Array, block: Block) -> Array:
+    """b @ a, of the rows that the block of the stored weight has."""
+    if transposed(block.kind):
+        return (b @ a[:, block.rows]).T
+    return b[block.rows] @ a
 
 
 @dataclass(frozen=True)
@@ -147,10 +178,17 @@ class VectorChange:
     uses: frozenset[str]
 
     effect = Effect.ADD
+    torch = False
 
     @property
     def target(self) -> str:
         return f"{self.module}.bias"
+
+    def whole(self, kind: Kind) -> bool:
+        return False
+
+    def products(self, kind: Kind) -> tuple[Product, ...]:
+        return ()
 
     def place(self, shape: Shape, conv1d: bool | None) -> Kind:
         if shape != self.shape:
@@ -158,13 +196,14 @@ class VectorChange:
         return Kind.OTHER
 
     def load(self, xp: Backend) -> Loaded:
-        return LoadedVector(self.vector(xp), self.scale)
+        return LoadedVector(xp, self.vector(xp), self.scale)
 
 
 @dataclass(frozen=True)
 class LoadedVector:
     """Its vector at hand; see `adapter.Loaded`."""
 
+    xp: Backend
     vector: Array
     scale: float
 
@@ -172,19 +211,19 @@ class LoadedVector:
         return None
 
     def delta(self, rows: slice) -> Array | None:
-        return self.vector[rows].double() * self.scale
+        return self.xp.f64(self.vector[rows]) * self.scale
 
     def parts(self) -> Mapping[str, Array]:
         return {"vector": self.vector * self.scale}
 
-    def apply(self, w: Array, kind: Kind) -> Array:
-        return w.float() + self.vector * self.scale
+    def apply(self, w: Array, block: Block) -> Array:
+        return w + self.vector[block.rows] * self.scale
 
-    def exact(self, w: Array, kind: Kind) -> Array:
-        return w.double() + self.vector.double() * self.scale
+    def exact(self, w: Array, block: Block) -> Array:
+        return w + self.delta(block.rows)
 
-    def noise(self, w: Array, kind: Kind) -> Array:
-        return self.vector.abs() * (abs(self.scale) * 2 * _EPS)
+    def noise(self, w: Array, block: Block) -> Array:
+        return abs(self.vector[block.rows]) * (abs(self.scale) * 2 * _EPS)
 
 
 @dataclass(frozen=True)
@@ -195,6 +234,13 @@ class ReplaceChange:
     replaced: Replaced
 
     effect = Effect.REPLACE
+    torch = False
+
+    def whole(self, kind: Kind) -> bool:
+        return False
+
+    def products(self, kind: Kind) -> tuple[Product, ...]:
+        return ()
 
     @property
     def module(self) -> str:
@@ -220,13 +266,16 @@ class ReplaceChange:
         return Kind.OTHER
 
     def load(self, xp: Backend) -> Loaded:
-        return LoadedReplacement(xp.native(self.replaced.param.tensor), self.replaced.rows)
+        values = xp.native(self.replaced.param.tensor)
+        flat = values.reshape(values.shape[0], -1) if len(values.shape) > 1 else values.reshape(-1)
+        return LoadedReplacement(xp, flat, self.replaced.rows)
 
 
 @dataclass(frozen=True)
 class LoadedReplacement:
     """Its values at hand; see `adapter.Loaded`."""
 
+    xp: Backend
     values: Array
     rows: tuple[int, ...] | None
 
@@ -236,27 +285,36 @@ class LoadedReplacement:
     def delta(self, rows: slice) -> Array | None:
         return None
 
+    @cached_property
+    def _last(self) -> dict[int, int]:
+        """Row of the base to row of the values; of a row that is named twice the last one stays."""
+        return {row: n for n, row in enumerate(self.rows or ())}
+
     def parts(self) -> Mapping[str, Array]:
         if self.rows is None:
             return {"values": self.values}
-        # By row and not in the file's order; of a row that is named twice the last one stays.
-        last = {row: n for n, row in enumerate(self.rows)}
-        return {"values": self.values[[last[row] for row in sorted(last)]]}
+        # By row and not in the file's order.
+        return {"values": self.values[[self._last[row] for row in sorted(self._last)]]}
 
-    def apply(self, w: Array, kind: Kind) -> Array:
-        return self._into(w.float())
+    def apply(self, w: Array, block: Block) -> Array:
+        return self._into(w, block, self.xp.f32)
 
-    def exact(self, w: Array, kind: Kind) -> Array:
-        return self._into(w.double())
+    def exact(self, w: Array, block: Block) -> Array:
+        return self._into(w, block, self.xp.f64)
 
-    def noise(self, w: Array, kind: Kind) -> Array:
-        return w.new_zeros(()).float()
+    def noise(self, w: Array, block: Block) -> Array:
+        return w * 0
 
-    def _into(self, w: Array) -> Array:
+    def _into(self, w: Array, block: Block, lift: Callable[[Array], Array]) -> Array:
         if self.rows is None:
-            return self.values.to(w.dtype)
-        w = w.clone()
-        w[list(self.rows)] = self.values.to(w.dtype)
+            return lift(self.values[block.rows])
+        first, last = block.rows.start, block.rows.stop
+        hit = [row for row in self._last if first <= row < last]
+        if not hit:
+            return w
+        # A copy, spelled alike in both libraries; adding 0 would lose the sign of -0.
+        w = w * 1
+        w[[row - first for row in hit]] = lift(self.values[[self._last[row] for row in hit]])
         return w
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterpack.adapter import (
     Adapter,
+    Block,
     Change,
     Edge,
     Effect,
@@ -26,6 +27,7 @@ from adapterpack.adapter import (
     LowRank,
     Outcome,
     Param,
+    Product,
     Request,
     Shapes,
 )
@@ -155,6 +157,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
             module=m.name,
             factors=partial(_factors, lora_a, lora_b),
             shape=m.shape,
+            rank=m.rank,
             scale=scale,
             uses=frozenset(uses),
             layer=Kind.EMBEDDING if m.embedding else Kind.LINEAR,
@@ -198,6 +201,14 @@ class DoraChange:
     magnitude: Tensor
 
     effect = Effect.TRANSFORM
+    # numpy sums the squares of a row in another order.
+    torch = True
+
+    def whole(self, kind: Kind) -> bool:
+        return kind is not Kind.LINEAR
+
+    def products(self, kind: Kind) -> tuple[Product, ...]:
+        return tuple(replace(p, norms=True) for p in self.low_rank.products(kind))
 
     @property
     def module(self) -> str:
@@ -221,11 +232,12 @@ class DoraChange:
     def load(self, xp: Backend) -> Loaded:
         b, a = self.low_rank.factors(xp)
         loaded = LoadedLowRank(xp, LowRank(b, a, self.low_rank.scale))
-        return _LoadedDora(loaded, xp.f32(self.magnitude))
+        return _LoadedDora(xp, loaded, xp.f32(self.magnitude))
 
 
 @dataclass(frozen=True)
 class _LoadedDora:
+    xp: Backend
     plain: LoadedLowRank
     magnitude: Array
 
@@ -238,33 +250,27 @@ class _LoadedDora:
     def parts(self) -> Mapping[str, Array]:
         return {**self.plain.parts(), "magnitude": self.magnitude}
 
-    def apply(self, w: Array, kind: Kind) -> Array:
-        delta = self.plain.stored_delta(kind)
-        return self._scaled(w.float(), delta, kind)
+    def apply(self, w: Array, block: Block) -> Array:
+        return self._scaled(self.plain.apply(w, block), self.magnitude, block)
 
-    def exact(self, w: Array, kind: Kind) -> Array:
-        delta = self.plain.delta(slice(None))
-        assert delta is not None
-        stored = delta if kind is Kind.LINEAR else delta.T
-        return self._scaled(w.double(), stored, kind)
+    def exact(self, w: Array, block: Block) -> Array:
+        return self._scaled(self.plain.exact(w, block), self.xp.f64(self.magnitude), block)
 
-    def noise(self, w: Array, kind: Kind) -> Array:
+    def noise(self, w: Array, block: Block) -> Array:
         """That of W + delta times m / norm, and what the norm itself loses in summing a row of squares."""
-        delta = self.plain.stored_delta(kind)
-        gain = self._gain(w.float(), delta, kind)
+        v = self.plain.apply(w, block)
         inputs = self.plain.factors.a.shape[1]
-        own = (w.float() + delta).abs() * ((8 + math.sqrt(inputs)) * 2.0**-24)
-        return gain.abs() * (self.plain.noise(w, kind) + own)
+        own = abs(v) * ((8 + math.sqrt(inputs)) * 2.0**-24)
+        return abs(self._gain(v, self.magnitude, block)) * (self.plain.noise(w, block) + own)
 
-    def _gain(self, w: Array, delta: Array, kind: Kind) -> Array:
+    def _gain(self, v: Array, magnitude: Array, block: Block) -> Array:
         """m / norm, as it is broadcast over W. In PEFT's order: the norm of the logical rows, then the quotient."""
-        linear = kind is Kind.LINEAR
-        norm = self.plain.xp.torch.linalg.norm(w + delta if linear else w.T + delta.T, dim=1)
-        gain = self.magnitude.to(norm.dtype) / norm
-        return gain.view(-1, 1) if linear else gain.view(1, -1)
+        if block.kind is Kind.LINEAR:
+            return (magnitude[block.rows] / self.xp.rows_norm(v)).reshape(-1, 1)
+        return (magnitude / self.xp.rows_norm(v.T)).reshape(1, -1)
 
-    def _scaled(self, w: Array, delta: Array, kind: Kind) -> Array:
-        return self._gain(w, delta, kind) * (w + delta)
+    def _scaled(self, v: Array, magnitude: Array, block: Block) -> Array:
+        return self._gain(v, magnitude, block) * v
 
 
 def ranks(a: Adapter) -> Mapping[str, int]:

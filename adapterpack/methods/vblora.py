@@ -123,9 +123,12 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
             module=module,
             factors=partial(_factors, sides, sizes),
             shape=(out, into),
+            rank=sides["A"][0].shape[0],
             scale=1.0,
             uses=frozenset({p.key for p in params.values()} | {a.shared[BANK].key}),
             fan_in_fan_out=flag(a.config, "fan_in_fan_out"),
+            # Its logarithms and softmax have torch's bits.
+            torch=True,
             factor_noise=_FACTOR_NOISE,
         )
 

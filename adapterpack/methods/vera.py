@@ -180,6 +180,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
             module=module,
             factors=partial(_factors, pair, lambda_b, lambda_d, into),
             shape=(lambda_b.shape[0], into),
+            rank=lambda_d.shape[0],
             scale=1.0,
             uses=frozenset({p.key for p in params.values()} | shared_keys),
             fan_in_fan_out=fan_in_fan_out,
@@ -190,8 +191,8 @@ def _factors(
     pair: Mapping[str, Tensor], lambda_b: Tensor, lambda_d: Tensor, into: int, xp: Backend
 ) -> tuple[Array, Array]:
     vector_b, vector_d = xp.f32(lambda_b), xp.f32(lambda_d)
-    b = vector_b.unsqueeze(-1) * xp.f32(pair[B])[: len(vector_b)]
-    a = vector_d.unsqueeze(-1) * xp.f32(pair[A])[:, :into]
+    b = vector_b[:, None] * xp.f32(pair[B])[: len(vector_b)]
+    a = vector_d[:, None] * xp.f32(pair[A])[:, :into]
     return b, a
 
 
@@ -223,9 +224,7 @@ def _to_nearest_seed(a: Adapter, request: Request) -> Outcome:
 
     def distance(recipe: Recipe) -> float:
         drawn = recipe.draw()
-        return sum(
-            float((xp.f32(drawn[name]).double() - xp.f32(a.shared[name].tensor).double()).norm()) for name in (A, B)
-        )
+        return sum(float((xp.f64(drawn[name]) - xp.f64(a.shared[name].tensor)).norm()) for name in (A, B))
 
     best = min(recipes(a), key=distance)
     digests = {name: tensor.digest() for name, tensor in best.draw().items()}
