@@ -105,6 +105,10 @@ class Base:
         if unlisted:
             raise InvalidFile(f"{INDEX} does not list {min(unlisted)}")
 
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Size and time of the last change (ns) of each weight file, as they were opened."""
+        return {file.path.name: file.stamp for file in self._files}
+
     def check_unchanged(self) -> None:
         """Raise ChangedWhileReading if a shard was written to meanwhile."""
         for file in self._files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from adapterpack import lineage
 from adapterpack.base import INDEX, Base
 from adapterpack.errors import InvalidFile
 from adapterpack.io import atomic
@@ -32,7 +33,8 @@ _OTHER_WEIGHTS = {
     ".xml",
 }
 """Weights in other forms would be those of the base: they are left out and named."""
-_NEVER_CARRIED = {".git", ".cache", "__pycache__"}
+_NEVER_CARRIED = {".git", ".cache", "__pycache__", lineage.NAME}
+"""Of a base's own lineage the new one tells."""
 
 
 def others(base: Base) -> tuple[dict[str, WholeFile], list[str]]:

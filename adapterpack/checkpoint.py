@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from adapterpack.tensor import Source, Tensor
+from adapterpack.tensor import Source, Tensor, digest
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Checkpoint:
     bytes: int = 0
     on_close: tuple[Callable[[], None], ...] = field(default=(), repr=False)
     still_same: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the tensor file; of names, types and bytes of the tensors where there is no such file."""
+        if self.weights is not None:
+            return digest(self.weights)
+        h = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            h.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.digest()}\n".encode())
+        return h.hexdigest()
 
     @property
     def peft_type(self) -> str:

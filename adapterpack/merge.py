@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapterpack import base_files, containers, exactness, hub, merged_model, methods, plan
-from adapterpack.adapter import EQUIVALENT_ERROR, Progress
+from adapterpack import base_files, containers, exactness, hub, lineage, merged_model, methods, plan
+from adapterpack import layout as layouts
+from adapterpack.adapter import Adapter, Method, Progress
 from adapterpack.backend import Backend, NumpyBackend, TorchBackend
-from adapterpack.base import CONFIG, INDEX, Base
-from adapterpack.errors import AdapterpackError, NothingChanged, UsageError
-from adapterpack.io import atomic, safetensors
-from adapterpack.io import json as strict_json
-from adapterpack.shards import Segment, Shard, write_shards
+from adapterpack.base import CONFIG, Base
+from adapterpack.errors import AdapterpackError, NothingChanged, UsageError, WriteFailed
+from adapterpack.io import atomic
+from adapterpack.io.files import WholeFile
+from adapterpack.io.resumable import Part, resumable_directory
+from adapterpack.layout import Layout
+from adapterpack.shards import Shard, peak_memory, write_shards
+from adapterpack.tensor import digest as sha256
+from adapterpack.version import __version__
+
+_SAMPLES = 16
+"""Blocks that are read back and computed again after a merge."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,12 @@ class Merge:
         tensors_changed: Tensors whose bytes are others now.
         tensors_copied: Tensors that are the base's, byte for byte.
         bytes_written: Sum of all files.
+        bytes_computed: Bytes of the tensors that adapters touch; the rest is copied.
+        memory: Peak memory in bytes, about; a dry run's estimate is an upper bound.
+        arithmetic: Where it is computed: `numpy`, `torch cpu`, `torch cuda:0`.
+        touched: Names on disk of the tensors that adapters touch.
         unmatched: Always empty: modules that the base lacks are refused.
+        reused: Shards that an interrupted run had finished.
         left: Files of the base that were not carried: weights in other forms.
         notes: What the user should know.
     """
@@ -42,9 +58,41 @@ class Merge:
     tensors_changed: int
     tensors_copied: int
     bytes_written: int
-    unmatched: tuple[str, ...]
-    left: tuple[str, ...]
-    notes: tuple[str, ...]
+    bytes_computed: int
+    memory: int
+    arithmetic: str
+    touched: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to merge; see `merge`."""
+
+    weights: tuple[float, ...]
+    rounding: str
+    verify: str
+    device: str
+    jobs: int
+    digest: bool
+
+    def check(self, adapters: int) -> None:
+        """Raise UsageError for what makes no sense."""
+        if len(self.weights) != adapters:
+            raise UsageError(f"{len(self.weights)} weights for {adapters} adapters")
+        if self.rounding not in ("peft", "once") or self.verify not in ("sample", "full", "off"):
+            raise UsageError(
+                f"rounding {self.rounding!r}, verify {self.verify!r}: peft or once, and sample, full or off"
+            )
+        if self.jobs < 1:
+            raise UsageError(f"{self.jobs} jobs: at least one is needed")
+
+    @property
+    def once(self) -> bool:
+        return self.rounding == "once"
 
 
 def merge(
@@ -57,6 +105,7 @@ def merge(
     verify: str = "sample",
     device: str = "auto",
     jobs: int | None = None,
+    digest: bool = False,
     subfolder: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
@@ -65,16 +114,20 @@ def merge(
 ) -> Merge:
     """Merge adapters into the weights of a base model.
 
+    A run that was killed or interrupted is taken up again by the same call: shards that were finished are
+    kept, if adapters, options and base are still the same.
+
     Args:
         adapters: One or several; several are merged one after the other, in this order.
         into: The base model's directory. It is only read.
         output: The new model's directory: same shards, same index, same other files.
         weights: One factor for each adapter.
         rounding: `peft`: bit for bit what `merge_and_unload` gives on this machine; `once`: f64, one rounding.
-        verify: `sample` reads three merged tensors back and compares them on another path; `full` all of them;
-            `off` none.
-        device: Where the maths runs.
-        jobs: CPU threads for it; None leaves it to torch.
+        verify: `sample` reads at most 16 blocks of rows back and compares them on another path; `full` every
+            tensor; `off` none.
+        device: Where the maths runs; `auto` is the CPU, whose bits are PEFT's there.
+        jobs: Workers; None: one for each core.
+        digest: Put the SHA-256 of every file that was read or written into the lineage.
         dry_run: Plan only; nothing is written.
 
     Raises:
@@ -84,10 +137,9 @@ def merge(
         DestinationExists, UsageError, WriteFailed: see `io.atomic`.
     """
     sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if weights is not None and len(weights) != len(sources):
-        raise UsageError(f"{len(weights)} weights for {len(sources)} adapters")
-    if rounding not in ("peft", "once") or verify not in ("sample", "full", "off"):
-        raise UsageError(f"rounding {rounding!r}, verify {verify!r}: peft or once, and sample, full or off")
+    factors = tuple(weights) if weights is not None else (1.0,) * len(sources)
+    options = Options(factors, rounding, verify, device, _cores() if jobs is None else jobs, digest)
+    options.check(len(sources))
     base_path, target = hub.resolve_base(str(into)), Path(output).expanduser()
     protected = (base_path, *(Path(s).expanduser() for s in sources))
     containers.check_target(target, overwrite=overwrite, sources=protected)
@@ -97,54 +149,20 @@ def merge(
         for source in sources:
             checkpoint = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
             parsed.append(methods.parse(stack.enter_context(checkpoint)))
-        p = plan.make(parsed, base, weights=weights)
-        once = rounding == "once"
-        carried, left = base_files.others(base)
-        notes = [base.prefix_note] if base.prefix_note else []
+        job = _Job(
+            base, parsed, plan.make(parsed, base, weights=factors), options, str(into), tuple(map(str, sources))
+        )
         if dry_run:
-            return _planned(target, p, base, sum(f.nbytes for f in carried.values()), left, notes)
-        backend = _backend(p, device, once, stack)
-        workers = jobs or _cores()
-        changed: list[str] = []
-        with atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage:
-            layout = _layout(base, p, p.head is not None and _parts(base, p, backend.result(), once=once))
-            write_shards(
-                stage,
-                layout.shards,
-                backend,
-                jobs=workers,
-                once=once,
-                finished=lambda _, names: changed.extend(names),
-                progress=progress,
-            )
-            written = {s.name for s in layout.shards}
-            if layout.parted is not None:
-                written |= _untie(base, layout, stage)
-                changed += [layout.parted] if layout.parted not in changed else []
-                notes.append(
-                    f"{base.embedding} and {layout.parted} were tied and differ now: both are written, and"
-                    " tie_word_embeddings is false"
-                )
-            base_files.carry(carried, stage, skip=written)
-            for _, adapter in parsed:
-                adapter.source.still_same()
-            base.check_unchanged()
-            if not changed:
-                raise NothingChanged(
-                    "the merge would change nothing: every touched weight stays what it is",
-                    hint="is B all zero, or the change too small for the base's dtype? see adapterpack check",
-                )
-            if verify != "off":
-                _verify(p, base, stage, backend.result(), None if verify == "full" else _sample(changed))
-            size = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
-        if backend.result().name == "torch cpu" and not p.torch:
-            exactness.prove_numpy(backend.result(), p.products())
-        touched = [s for shard in layout.shards for s in shard.segments if s.steps]
-        quiet = len(touched) - len(changed)
-        if quiet > 0:
-            notes.append(f"{quiet} of {len(touched)} touched tensors stay what they are: their change is too small")
-        total = sum(len(shard.segments) for shard in layout.shards)
-        return _result(target, p, len(changed), total - len(changed), size, left, notes)
+            return job.planned(target)
+        backend = job.backend(stack)
+        # Digests of the adapters are at hand by the time when the first shard is done.
+        aside = stack.enter_context(ThreadPoolExecutor(1))
+        work = aside.submit(lambda: job.work)
+        with resumable_directory(target, work.result, overwrite=overwrite, protected=protected) as part:
+            result = job.run(part, backend, progress)
+        if backend.result().name == "torch cpu" and not job.plan.torch:
+            exactness.prove_numpy(backend.result(), job.plan.products())
+        return replace(result, output=str(target))
 
 
 def _cores() -> int:
@@ -152,140 +170,244 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _backend(p: plan.Plan, device: str, once: bool, stack: ExitStack) -> Future[Backend]:
-    """numpy where it is known to give PEFT's bits; else torch, imported while other work goes on."""
-    products = p.products()
-    ready: Future[Backend] = Future()
-    portable = not p.torch and (once or exactness.numpy_proven(products))
-    if portable and device in ("auto", "cpu"):
-        numpy = NumpyBackend()
-        stack.enter_context(numpy.one_thread())
-        ready.set_result(numpy)
+@dataclass
+class _Job:
+    """One merge: what goes into it, and its steps."""
+
+    base: Base
+    adapters: Sequence[tuple[Method, Adapter]]
+    plan: plan.Plan
+    options: Options
+    base_reference: str
+    references: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)
+
+    # -- what it will be -----------------------------------------------------------------------------------
+
+    def planned(self, target: Path) -> Merge:
+        layout = layouts.make(self.base, self.plan, parted=False)
+        carried, left = base_files.others(self.base)
+        notes = self._name_notes()
+        if self.plan.head is not None:
+            more = f"{self.plan.head.name} may part from {self.base.embedding}, which takes that many bytes again"
+            notes.append(more)
+        size = sum(s.size for s in layout.shards) + sum(f.nbytes for f in carried.values())
+        size += len(self._lineage(layout, {}))
+        name = "numpy" if self._numpy_will_do() else f"torch {self._device}"
+        return self._result(target, layout, [s.name for s in layout.touched()], size, name, left, (), notes)
+
+    def _name_notes(self) -> list[str]:
+        return [self.base.prefix_note] if self.base.prefix_note else []
+
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.options.device == "auto" else self.options.device
+
+    def _numpy_will_do(self) -> bool:
+        """Does numpy give the same bits here, or do bits not matter?"""
+        if self.plan.torch or self._device != "cpu":
+            return False
+        return self.options.once or exactness.numpy_proven(self.plan.products())
+
+    def backend(self, stack: ExitStack) -> Future[Backend]:
+        """numpy where it will do; else torch, imported while other work goes on."""
+        ready: Future[Backend] = Future()
+
+        def load() -> None:
+            try:
+                xp: Backend = NumpyBackend() if self._numpy_will_do() else TorchBackend(self._device)
+                stack.enter_context(xp.one_thread())
+                ready.set_result(xp)
+            except BaseException as e:
+                ready.set_exception(e)
+
+        if self._numpy_will_do():
+            load()
+        else:
+            threading.Thread(target=load, daemon=True).start()
+            # Whatever happens meanwhile, what it sets is set back.
+            stack.callback(ready.exception)
         return ready
 
-    def load() -> None:
-        try:
-            torch = TorchBackend("cpu" if device == "auto" else device)
-            stack.enter_context(torch.one_thread())
-            ready.set_result(torch)
-        except BaseException as e:
-            ready.set_exception(e)
+    @cached_property
+    def sources(self) -> tuple[lineage.Source, ...]:
+        """The adapters by digest."""
+        named = zip(self.references, self.adapters, self.options.weights, strict=True)
+        return tuple(lineage.Source.of(r, a.source, w) for r, (_, a), w in named)
 
-    threading.Thread(target=load, daemon=True).start()
-    return ready
+    @cached_property
+    def work(self) -> str:
+        """Names this merge: what decides the bytes of its shards."""
+        config = self.base.path / CONFIG
+        facts = {
+            "adapterpack": __version__,
+            "adapters": [[s.sha256, s.config_sha256, s.weight] for s in self.sources],
+            "rounding": self.options.rounding,
+            "device": self._device,
+            "base": str(self.base.path.resolve()),
+            "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
+            "stamps": self.base.stamps(),
+            "shards": lineage.of_headers(self.base.shards),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    # -- doing it ------------------------------------------------------------------------------------------
+
+    def run(self, part: Part, backend: Future[Backend], progress: Progress | None) -> Merge:
+        """Write everything into the part, and check it."""
+        o = self.options
+        may_part = self.plan.head is not None and layouts.parts(self.base, self.plan, backend.result(), once=o.once)
+        layout = layouts.make(self.base, self.plan, may_part)
+        carried, left = base_files.others(self.base)
+        reused = _reusable(part, layout)
+        self._check_space(part.path, layout, carried, reused)
+        changed = [name for entry in reused.values() for name in entry["changed"]]
+
+        def finished(shard: Shard, names: list[str]) -> None:
+            changed.extend(names)
+            written = (part.path / shard.name).stat()
+            facts = lineage.shard_facts(shard.header, shard.size)
+            part.record({"shard": shard.name, **facts, "mtime_ns": written.st_mtime_ns, "changed": names})
+
+        todo = [s for s in layout.shards if s.name not in reused]
+        write_shards(part.path, todo, backend, jobs=o.jobs, once=o.once, finished=finished, progress=progress)
+        written = {s.name for s in layout.shards}
+        if layout.parted is not None:
+            written |= layouts.untie(self.base, layout, part.path)
+        base_files.carry(carried, part.path, skip=written)
+        for _, adapter in self.adapters:
+            adapter.source.still_same()
+        self.base.check_unchanged()
+        if not changed and layout.parted is None:
+            raise NothingChanged(
+                "the merge would change nothing: every touched weight stays what it is",
+                hint="is B all zero, or the change too small for the base's dtype? see adapterpack check",
+            )
+        if o.verify != "off":
+            self._verify(part.path, backend.result(), changed)
+        with atomic.create(part.path / lineage.NAME) as out:
+            out.write(self._lineage(layout, self._digests(part.path, layout, carried)))
+        size = sum(f.stat().st_size for f in part.path.rglob("*") if f.is_file())
+        notes = [*self._name_notes(), *self._told(layout, changed, reused)]
+        return self._result(part.path, layout, changed, size, backend.result().name, left, tuple(reused), notes)
+
+    def _check_space(
+        self, stage: Path, layout: Layout, carried: Mapping[str, WholeFile], reused: Mapping[str, object]
+    ) -> None:
+        needed = sum(s.size for s in layout.shards if s.name not in reused) + sum(f.nbytes for f in carried.values())
+        free = shutil.disk_usage(stage).free
+        if needed > free:
+            raise WriteFailed(
+                f"the merged model takes {needed:,} bytes, and {stage.parent.parent} has {free:,} left",
+                hint="make room, or name an output on another disk",
+            )
+
+    def _verify(self, stage: Path, xp: Backend, changed: Sequence[str]) -> None:
+        """Read merged tensors back and compare them with f64 arithmetic: another path than the one that made them."""
+        only = None if self.options.verify == "full" else _sample(changed)
+        with Base(stage) as merged:
+            _, findings = merged_model.compare(self.plan, self.base, merged, xp, max_error=0.0, only=only)
+        if findings:
+            f = findings[0]
+            raise AdapterpackError(
+                f"the merge did not verify: {f.key}: {f.message}", hint="nothing was written; please report this"
+            )
+
+    # -- telling of it -------------------------------------------------------------------------------------
+
+    def _lineage(self, layout: Layout, files: Mapping[str, Mapping[str, str]]) -> bytes:
+        shards = {s.name: lineage.shard_facts(s.header, s.size) for s in layout.shards}
+        base_shards = lineage.of_headers(self.base.shards)
+        options: dict[str, Any] = {"rounding": self.options.rounding}
+        if self._device != "cpu":
+            options["device"] = self._device
+        made = lineage.Lineage(
+            self.base_reference, lineage.commit_of(self.base.path), self.sources, options, shards, base_shards
+        )
+        return lineage.render(made, files, lineage.raw(self.base.path))
+
+    def _digests(self, stage: Path, layout: Layout, carried: Mapping[str, WholeFile]) -> dict[str, dict[str, str]]:
+        """SHA-256 of every file read and written; empty unless asked for."""
+        if not self.options.digest:
+            return {}
+        names = sorted({*self.base.shards, *carried, *([CONFIG] if self.base.config else [])})
+        written = sorted(f.relative_to(stage).as_posix() for f in stage.rglob("*") if f.is_file())
+        places = {"read": (self.base.path, names), "written": (stage, written)}
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            return {
+                kind: dict(zip(found, pool.map(_sha256, [at / name for name in found]), strict=True))
+                for kind, (at, found) in places.items()
+            }
+
+    def _told(self, layout: Layout, changed: Sequence[str], reused: Mapping[str, object]) -> list[str]:
+        notes = []
+        if reused:
+            notes.append(f"{len(reused)} of {len(layout.shards)} shards were finished by an earlier run and kept")
+        touched = len(layout.touched())
+        if touched > len(changed):
+            quiet = touched - len(changed)
+            notes.append(f"{quiet} of {touched} touched tensors stay what they are: their change is too small")
+        if layout.parted is not None:
+            notes.append(
+                f"{self.base.embedding} and {layout.parted} were tied and differ now: both are written, and"
+                " tie_word_embeddings is false"
+            )
+        return notes
+
+    def _result(
+        self,
+        target: Path,
+        layout: Layout,
+        changed: Sequence[str],
+        size: int,
+        arithmetic: str,
+        left: Sequence[str],
+        reused: tuple[str, ...],
+        notes: Sequence[str],
+    ) -> Merge:
+        touched = layout.touched()
+        total = sum(len(shard.segments) for shard in layout.shards)
+        return Merge(
+            output=str(target),
+            modules_merged=self.plan.modules,
+            tensors_changed=len(changed),
+            tensors_copied=total - len(changed),
+            bytes_written=size,
+            bytes_computed=sum(s.tensor.nbytes for s in touched),
+            memory=peak_memory(touched, self.options.jobs, torch=arithmetic != "numpy"),
+            arithmetic=arithmetic,
+            touched=tuple(s.name for s in touched),
+            reused=reused,
+            left=tuple(left),
+            notes=tuple(notes),
+        )
 
 
-def _planned(target: Path, p: plan.Plan, base: Base, carried: int, left: list[str], notes: list[str]) -> Merge:
-    size = carried + sum(len(h.raw) for h in base.shards.values()) + sum(t.nbytes for t in base.tensors.values())
-    if p.head is not None:
-        notes = [*notes, f"{p.head.name} may part from {base.embedding}, which takes that many bytes again"]
-    touched = len(p.steps)
-    return _result(target, p, touched, len(base.tensors) - touched, size, left, notes)
-
-
-def _result(
-    target: Path, p: plan.Plan, changed: int, copied: int, size: int, left: list[str], notes: list[str]
-) -> Merge:
-    return Merge(str(target), p.modules, changed, copied, size, (), tuple(left), tuple(notes))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The files that hold the weights of the merged model.
-
-    Attributes:
-        shards: As they will be written.
-        parted: Name of output embeddings that part from the input embeddings; None: nothing parts.
-    """
-
-    shards: tuple[Shard, ...]
-    parted: str | None
-
-
-def _layout(base: Base, p: plan.Plan, parted: bool) -> _Layout:
-    """The shards: header bytes are the base's where nothing is added."""
-    steps, head = dict(p.steps), None
-    embedding = base.embedding
-    if p.head is not None and embedding is not None:
-        if parted:
-            head = p.head.name
-            steps[head] = p.head.steps
-        elif p.head.name in base.tensors:
-            steps[p.head.name] = steps.get(embedding, ())
-    shards = []
-    for name, header in base.shards.items():
-        tensors = dict(header.tensors)
-        raw = header.raw
-        if head is not None and head not in base.tensors and embedding in tensors:
-            # A head that had no tensor of its own begins as the embedding does, and lies beside it.
-            tensors[head] = base.tensors[embedding]
-            raw = safetensors.header_bytes(tensors.items(), header.metadata)
-        at, segments = len(raw), []
-        for key, tensor in tensors.items():
-            segments.append(Segment(key, tensor, steps.get(key, ()), at))
-            at += tensor.nbytes
-        shards.append(Shard(name, raw, tuple(segments)))
-    return _Layout(tuple(shards), head)
-
-
-def _parts(base: Base, p: plan.Plan, xp: Backend, *, once: bool) -> bool:
-    """Do input and output embeddings that were tied really differ now?"""
-    if p.head is None or base.embedding is None:
-        return False
-    source = base.tensors[base.embedding]
-    sides = [plan.LoadedSteps.read(source, s, xp) for s in (p.steps.get(base.embedding, ()), p.head.steps)]
-    differ, apart, change = False, 0.0, 0.0
-    for block in plan.blocks(source, [s for side in sides for _, s in side.steps], xp, once=once):
-        w = sides[0].base(block)
-        ours, theirs = (xp.buffer(side.changed(w, block, once=once)) for side in sides)
-        if (ours == theirs).all():
+def _reusable(part: Part, layout: Layout) -> dict[str, Mapping[str, Any]]:
+    """Shards that an earlier run has finished and that are still what it wrote; all else is removed."""
+    wanted = {s.name: s for s in layout.shards}
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in part.done:
+        shard = wanted.get(str(entry.get("shard")))
+        path = part.path / str(entry.get("shard"))
+        if shard is None or not path.is_file():
             continue
-        differ = True
-        if not p.head.one:
-            return True
-        x, y = (side.exact(w, block)[0] for side in sides)
-        apart += float(((x - y) ** 2).sum())
-        change += float(((x - xp.f64(w)) ** 2).sum())
-    # Both were trained as one: what differs is the order of f32 sums, unless it is more than that.
-    return differ and math.sqrt(apart) > EQUIVALENT_ERROR * math.sqrt(change)
+        facts = {**lineage.shard_facts(shard.header, shard.size), "mtime_ns": path.stat().st_mtime_ns}
+        if path.stat().st_size == shard.size and all(entry.get(k) == v for k, v in facts.items()):
+            found[shard.name] = entry
+    for path in part.path.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in found:
+            path.unlink()
+    return found
 
 
-def _untie(base: Base, layout: _Layout, stage: Path) -> set[str]:
-    """Write the config, and the index where a tensor was added, of a model whose embeddings part."""
-    _file(stage, CONFIG, strict_json.dump(_untied_config(base.config)))
-    added = {s.name: (s.tensor, shard.name) for shard in layout.shards for s in shard.segments}
-    added = {name: where for name, where in added.items() if name not in base.tensors}
-    if base.index is None or not added:
-        return {CONFIG}
-    index = dict(base.index)
-    homes = {name: shard for name, (_, shard) in added.items()}
-    index["weight_map"] = dict(sorted({**index["weight_map"], **homes}.items()))
-    metadata = dict(index.get("metadata") or {})
-    for field, more in (("total_size", "nbytes"), ("total_parameters", "numel")):
-        if type(metadata.get(field)) is int:
-            metadata[field] += sum(getattr(t, more) for t, _ in added.values())
-    index["metadata"] = metadata
-    _file(stage, INDEX, strict_json.dump(index))
-    return {CONFIG, INDEX}
+def _sha256(path: Path) -> str:
+    return sha256(WholeFile(path, path.stat().st_size))
 
 
-def _file(stage: Path, name: str, data: bytes) -> None:
-    with atomic.create(stage / name) as out:
-        out.write(data)
-
-
-def _untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    untied = {**config, "tie_word_embeddings": False}
-    text = config.get("text_config")
-    if isinstance(text, dict) and "tie_word_embeddings" in text:
-        untied["text_config"] = {**text, "tie_word_embeddings": False}
-    return untied
-
-
-_SAMPLES = 16
-
-
-def _sample(changed: list[str]) -> dict[str, tuple[int, ...]]:
+def _sample(changed: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """A few blocks over all changed tensors: a slip in offsets, order or scale shows in one of them."""
     names = sorted(changed)
     spread = [names[i * len(names) // _SAMPLES] for i in range(_SAMPLES)]
@@ -294,14 +416,3 @@ def _sample(changed: list[str]) -> dict[str, tuple[int, ...]]:
         # Not always the same rows: first, last, and in between.
         chosen[name] = (*chosen.get(name, ()), n * 0x9E3779B1 % (1 << 32))
     return chosen
-
-
-def _verify(p: plan.Plan, base: Base, stage: Path, xp: Backend, only: Mapping[str, tuple[int, ...]] | None) -> None:
-    """Read merged tensors back and compare them with f64 arithmetic: another path than the one that made them."""
-    with Base(stage) as merged:
-        _, findings = merged_model.compare(p, base, merged, xp, max_error=0.0, only=only)
-    if findings:
-        f = findings[0]
-        raise AdapterpackError(
-            f"the merge did not verify: {f.key}: {f.message}", hint="nothing was written; please report this"
-        )

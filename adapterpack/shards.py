@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from adapterpack import plan
+from adapterpack import exactness, plan
 from adapterpack.adapter import Block, Progress
 from adapterpack.backend import Backend
 from adapterpack.errors import InvalidFile
@@ -66,6 +66,27 @@ class Shard:
 
 Finished = Callable[[Shard, list[str]], None]
 """What to do once a shard is durable; it is told which tensors really changed."""
+
+
+_PROCESS = {False: 60 << 20, True: 250 << 20}
+"""Bytes of an interpreter with numpy, and with torch."""
+_PER_ELEMENT = 48
+"""Bytes for each element of a block, at the worst: a handful of f64 and f32 copies while it is checked."""
+
+
+def peak_memory(touched: Sequence[Segment], jobs: int, *, torch: bool) -> int:
+    """About how much memory a merge takes at its peak, in bytes.
+
+    What can be cut takes some blocks for each worker, however large the model. A tensor that takes all of
+    itself to compute (DoRA on Conv1D and embeddings) is held as a whole, 12 times as f32, one at a time.
+    """
+    blocks, whole, factors = 2 * exactness.BLOCK * jobs, 0, 0
+    for segment in touched:
+        if any(s.change.whole(s.kind) for s in segment.steps):
+            whole = max(whole, segment.tensor.numel)
+        sizes = [(p.out + p.into) * p.rank for s in segment.steps for p in s.change.products(s.kind)]
+        factors = max(factors, sum(sizes) * 12)
+    return _PROCESS[torch] + (blocks + whole) * _PER_ELEMENT + factors * jobs
 
 
 def write_shards(

@@ -283,14 +283,14 @@ def test_a_failed_directory_sync_says_that_the_new_thing_is_in_place(
     place: Path, system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _old(place / "a")
-    real = atomic._sync_directory
+    real = atomic.sync_directory
 
     def sync(directory: Path) -> None:
         if directory == place:
             raise OSError(5, "Input/output error")
         real(directory)
 
-    monkeypatch.setattr(atomic, "_sync_directory", sync)
+    monkeypatch.setattr(atomic, "sync_directory", sync)
     with pytest.raises(WriteFailed, match="is in place, but a power cut may undo that") as caught:
         _write(place / "a", overwrite=True)
     assert caught.value.hint != "nothing was changed"

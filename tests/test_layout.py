@@ -20,7 +20,7 @@ LAYERS = [
     {"adapter", "checkpoint", "recipes", "architectures"},
     {"backend", "exactness"},
     {"methods", "containers"},
-    {"base", "hub", "plan", "casting", "card", "merged_model", "shards", "base_files"},
+    {"base", "hub", "plan", "casting", "card", "merged_model", "shards", "base_files", "layout", "lineage"},
     {"inspect", "check", "convert", "compress", "verify", "merge"},
     {"cli"},
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import click
 
 from adapterpack.cli import _output as out
@@ -28,7 +31,8 @@ from adapterpack.merge import Merge, merge
     help="Read merged tensors back and check them before anything is published.",
 )
 @out.device_option
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="CPU threads for the arithmetic.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Workers; one for each core if not given.")
+@click.option("--digest", is_flag=True, help="Record the SHA-256 of every file read and written in the lineage.")
 @out.source_options
 @out.overwrite_option
 @out.dry_run_option
@@ -42,6 +46,7 @@ def command(
     verify: str,
     device: str,
     jobs: int | None,
+    digest: bool,
     subfolder: str | None,
     allow_pickle: bool,
     overwrite: bool,
@@ -51,8 +56,9 @@ def command(
 ) -> None:
     """Merge adapters into the weights of a base model, shard by shard, into a new directory.
 
-    Same shards and index; untouched tensors are the base's byte for byte; memory holds one tensor. Every
-    parameter of the adapter is used or the merge is refused.
+    Same shards and index; untouched tensors are the base's byte for byte; memory does not grow with the
+    model. Every parameter of the adapter is used or the merge is refused. A run that was interrupted is taken
+    up again by the same command. --dry-run prints the plan.
     """
     with out.progress(quiet or as_json) as progress:
         result = merge(
@@ -64,6 +70,7 @@ def command(
             verify=verify,
             device=device,
             jobs=jobs,
+            digest=digest,
             subfolder=subfolder,
             allow_pickle=allow_pickle,
             overwrite=overwrite,
@@ -80,12 +87,27 @@ def command(
 
 def _print(r: Merge, dry_run: bool) -> None:
     rows = [
-        ["output" if not dry_run else "would write", r.output],
+        ["would write" if dry_run else "output", r.output],
         ["modules merged", str(r.modules_merged)],
         ["tensors", f"{r.tensors_changed} changed, {r.tensors_copied} copied byte for byte"],
         ["bytes", out.size(r.bytes_written)],
     ]
+    if dry_run:
+        rows[2] = ["tensors", f"{r.tensors_changed} to compute, {r.tensors_copied} to copy byte for byte"]
+        rows += [
+            ["to compute", out.size(r.bytes_computed)],
+            ["to copy", out.size(r.bytes_written - r.bytes_computed)],
+            ["memory", f"about {out.size(r.memory)} at the peak"],
+            ["arithmetic", r.arithmetic],
+            ["touched", _grouped(r.touched)],
+        ]
     if r.left:
         rows.append(["left out", ", ".join(r.left)])
     out.table(rows)
     out.say(r.notes)
+
+
+def _grouped(names: tuple[str, ...]) -> str:
+    """Tensor names with the numbers of their layers put together: `model.layers.*.self_attn.q_proj.weight x 22`."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return ", ".join(name if n == 1 else f"{name} x {n}" for name, n in counts.items())

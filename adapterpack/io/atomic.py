@@ -2,6 +2,7 @@
 
 After a crash at any point the destination is the old thing or the whole new one. What may be left
 over is a `.adapterpack-*.tmp` beside it, which a later run removes once its writer is gone.
+(`resumable` leaves one on purpose, for the same run to go on with.)
 A failure of the last directory fsync means: the new thing is in place, and an error.
 """
 
@@ -41,35 +42,48 @@ def staged_directory(
         UsageError: overwriting would destroy an input, the working directory, HOME or a repository.
         WriteFailed: the system refuses a write; the destination is as it was before.
     """
+    destination = prepare(destination, overwrite=overwrite, protected=protected)
+    with explained(destination):
+        stage = _stage_name(destination)
+        stage.mkdir()
+    try:
+        with explained(destination):
+            yield stage
+        publish(stage, destination, overwrite=overwrite, protected=protected)
+    finally:
+        # After a plain rename there is nothing left; after an exchange the old directory lies here.
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def prepare(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> Path:
+    """Check a destination, mend what a killed run left of it, and give its absolute path."""
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - keep symlinks: they are refused below
-    with _explained(destination):
+    with explained(destination):
         check_destination(destination, overwrite=overwrite, protected=protected)
         if _recover(destination):
             check_destination(destination, overwrite=overwrite, protected=protected)
         _sweep(destination.parent)
-        stage = _stage_name(destination)
-        stage.mkdir()
+    return destination
+
+
+def publish(stage: Path, destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Let a finished directory beside the destination become the destination; what was there lies at `stage` then."""
+    with explained(destination):
+        _sync_tree(stage)
+        if _present(destination):
+            check_destination(destination, overwrite=overwrite, protected=protected)
+            _replace_directory(stage, destination)
+        else:
+            _rename_new(stage, destination)
     try:
-        with _explained(destination):
-            yield stage
-            _sync_tree(stage)
-            if _present(destination):
-                check_destination(destination, overwrite=overwrite, protected=protected)
-                _replace_directory(stage, destination)
-            else:
-                _rename_new(stage, destination)
-        try:
-            _sync_directory(destination.parent)
-        except OSError as e:
-            raise WriteFailed(
-                f"{destination} is in place, but a power cut may undo that: {e.strerror}",
-                hint="check the disk, then run again with --overwrite",
-            ) from e
-        # The old one goes only when the new name is sure to be there after a power cut.
-        shutil.rmtree(_old_name(destination), ignore_errors=True)
-    finally:
-        # After a plain rename there is nothing left; after an exchange the old directory lies here.
-        shutil.rmtree(stage, ignore_errors=True)
+        sync_directory(destination.parent)
+    except OSError as e:
+        raise WriteFailed(
+            f"{destination} is in place, but a power cut may undo that: {e.strerror}",
+            hint="check the disk, then run again with --overwrite",
+        ) from e
+    # The old one goes only when the new name is sure to be there after a power cut.
+    shutil.rmtree(_old_name(destination), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -134,7 +148,8 @@ def _write_failed(path: Path, e: OSError) -> WriteFailed:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into a WriteFailed that names the destination."""
     try:
         yield
     except OSError as e:
@@ -154,10 +169,15 @@ def _stage_name(destination: Path) -> Path:
     return destination.with_name(f"{_PREFIX}new-{os.getpid()}-{secrets.token_hex(4)}-{_short(destination)}{_SUFFIX}")
 
 
+def fixed_name(destination: Path, kind: str) -> Path:
+    """A temporary name beside the destination that the next run finds again."""
+    tag = hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:16]
+    return destination.with_name(f"{_PREFIX}{kind}-{tag}-{_short(destination)}{_SUFFIX}")
+
+
 def _old_name(destination: Path) -> Path:
     """Where the old directory waits while systems without an exchange put the new one in its place."""
-    tag = hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:16]
-    return destination.with_name(f"{_PREFIX}old-{tag}-{_short(destination)}{_SUFFIX}")
+    return fixed_name(destination, "old")
 
 
 def _replace_directory(stage: Path, destination: Path) -> None:
@@ -208,10 +228,11 @@ def _alive(pid: int) -> bool:
 def _sync_tree(top: Path) -> None:
     # Files were synced by `create`; what is missing is the names.
     for directory, _, _ in os.walk(top, topdown=False):
-        _sync_directory(Path(directory))
+        sync_directory(Path(directory))
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

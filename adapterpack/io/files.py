@@ -31,6 +31,8 @@ def _changed(path: Path) -> ChangedWhileReading:
 class OpenFile:
     """One descriptor on one regular file, and what it looked like when it was opened.
 
+    `stamp` is its size in bytes and the time of its last change in nanoseconds.
+
     `pread`, not mmap: a file that another process truncates would kill us with SIGBUS.
 
     Raises:
@@ -49,7 +51,7 @@ class OpenFile:
             kind = "a directory" if stat.S_ISDIR(seen.st_mode) else "not a regular file"
             raise InvalidFile(f"{path} is {kind}")
         self.size = seen.st_size
-        self._stamp = (seen.st_size, seen.st_mtime_ns)
+        self.stamp = (seen.st_size, seen.st_mtime_ns)
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop).
@@ -101,7 +103,7 @@ class OpenFile:
     def check_unchanged(self) -> None:
         """Raise ChangedWhileReading if somebody has written to the file since it was opened."""
         now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != self._stamp:
+        if (now.st_size, now.st_mtime_ns) != self.stamp:
             raise _changed(self.path)
 
     def close(self) -> None:
