@@ -126,7 +126,7 @@ def merge(
         verify: `sample` reads at most 16 blocks of rows back and compares them on another path; `full` every
             tensor; `off` none.
         device: Where the maths runs; `auto` is the CPU, whose bits are PEFT's there.
-        jobs: Workers; None: one for each core.
+        jobs: Workers; None: one for each core, four at most.
         digest: Put the SHA-256 of every file that was read or written into the lineage.
         dry_run: Plan only; nothing is written.
 
@@ -166,8 +166,9 @@ def merge(
 
 
 def _cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use; no more than keep a disk busy, for each worker takes memory."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(found, 4)
 
 
 @dataclass

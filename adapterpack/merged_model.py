@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from adapterpack import plan
+from adapterpack import exactness, plan
 from adapterpack.adapter import Block, Finding, ModuleError, Progress
 from adapterpack.backend import Array, Backend
 from adapterpack.base import Base
@@ -115,7 +115,8 @@ def _changed(
     sums = _Sums(xp, after.dtype)
     blocks = plan.blocks(before, steps, xp)
     for n in range(len(blocks)) if picks is None else sorted({n % len(blocks) for n in picks}):
-        sums.add(loaded, blocks[n], theirs.base(blocks[n]))
+        for part in plan.parts(blocks[n], before.shape):
+            sums.add(loaded, part, theirs.base(part))
     error = ModuleError(name, sums.max_abs, sums.rel_error)
     if sums.nonfinite:
         return error, Finding("nan", name, "the merged tensor has NaN or infinite values")
@@ -137,11 +138,17 @@ class _Sums:
         self._theirs = self._ours = self._lean = self._lean2 = 0.0
 
     def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
-        f64 = self._xp.f64
         base = loaded.base(block)
         exact, rounded = loaded.exact(base, block)
-        allowed = rounded * (self._unit * 1.01) + f64(loaded.noise(base, block)) + self._tiny
-        w, m, ours = f64(base), f64(theirs), f64(loaded.changed(base, block))
+        noise, ours = loaded.noise(base, block), loaded.changed(base, block)
+        # A tensor that cannot be cut is summed up in parts all the same: each needs a dozen f64 copies.
+        for first, last in exactness.cut(*plan.as_matrix(tuple(base.shape))):
+            self._add(*(x[first:last] for x in (base, theirs, exact, rounded, noise, ours)))
+
+    def _add(self, base: Array, theirs: Array, exact: Array, rounded: Array, noise: Array, ours: Array) -> None:
+        f64 = self._xp.f64
+        allowed = rounded * (self._unit * 1.01) + f64(noise) + self._tiny
+        w, m, ours = f64(base), f64(theirs), f64(ours)
         delta, error = exact - w, abs(m - exact)
         self.nonfinite |= not self._xp.finite(m)
         self._outside += int((error > allowed).sum())

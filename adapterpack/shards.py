@@ -80,7 +80,7 @@ def peak_memory(touched: Sequence[Segment], jobs: int, *, torch: bool) -> int:
     What can be cut takes some blocks for each worker, however large the model. A tensor that takes all of
     itself to compute (DoRA on Conv1D and embeddings) is held as a whole, 12 times as f32, one at a time.
     """
-    blocks, whole, factors = 2 * exactness.BLOCK * jobs, 0, 0
+    blocks, whole, factors = exactness.BLOCK * jobs, 0, 0
     for segment in touched:
         if any(s.change.whole(s.kind) for s in segment.steps):
             whole = max(whole, segment.tensor.numel)
@@ -159,7 +159,7 @@ def _keep_freed_memory() -> None:
 
     glibc takes the size of the largest mapping that was given back as a sign of what is short-lived.
     """
-    del [bytearray(_RUN)][:]
+    del [bytearray(8 * exactness.BLOCK)][:]
 
 
 class _Told:
