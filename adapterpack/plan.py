@@ -172,6 +172,19 @@ def blocks(tensor: Tensor, steps: Sequence[Step], xp: Backend, *, once: bool = F
     return [Block(Kind.OTHER, slice(*b), b == (0, rows), tensor.dtype) for b in bounds]
 
 
+_PART = 1 << 15
+
+
+def parts(block: Block, shape: Shape) -> Iterator[Block]:
+    """A block in pieces of a few rows, where bits do not matter and every element takes a dozen f64 copies."""
+    height = max(1, _PART // max(1, as_matrix(shape)[1]))
+    if block.whole:
+        yield block
+        return
+    for start in range(block.rows.start, block.rows.stop, height):
+        yield replace(block, rows=slice(start, min(start + height, block.rows.stop)))
+
+
 def as_matrix(shape: Shape) -> tuple[int, int]:
     """Rows and what lies behind each; a vector is a column."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
