@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from adapterpack.tensor import Array
 
 _STATE = ".quant_state.bitsandbytes__"
-_STATE_BYTES = 1 << 16
-"""Longest quant_state; real ones have about a hundred bytes."""
+_STATE_BYTES = 1 << 12
+"""Longest quant_state; real ones have about two hundred bytes."""
 _STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -40,7 +40,7 @@ _NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _FP4_HALF = (0.0, 0.0052083334885537624, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
-_TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-v for v in _FP4_HALF))}
+_TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, 0.0, *(-v for v in _FP4_HALF[1:]))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +279,7 @@ def _state(name: str, quant_type: str, tensors: Mapping[str, Tensor]) -> dict[st
         bad(f"it has the fields {sorted(state)!r:.200}")
     if state["quant_type"] != quant_type:
         bad(f"its quant_type is {state['quant_type']!r:.40}")
-    if state["dtype"] not in _DTYPES or (nested and state["nested_dtype"] != "float32"):
+    if str(state["dtype"]) not in _DTYPES or (nested and state["nested_dtype"] != "float32"):
         bad(f"its dtype is {state['dtype']!r:.40}, {state.get('nested_dtype')!r:.40}")
     for key in ("blocksize", *(("nested_blocksize",) if nested else ())):
         if type(state[key]) is not int or state[key] not in _BLOCKSIZES:
