@@ -29,6 +29,8 @@ from adapterpack.methods._keys import render
 FORMATS = Path(__file__).parent.parent / "formats"
 FOLDERS = sorted(p for p in FORMATS.iterdir() if p.is_dir())
 HEADERS = FORMATS / "safetensors"
+BASES = FORMATS / "quantised"
+"""Base models, no adapters: test_quantised.py walks them."""
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -40,8 +42,8 @@ def _name(path: Path) -> str:
     return path.relative_to(FORMATS).as_posix()
 
 
-VECTORS = _cases("vectors")
-INVALID = [case for case in _cases("invalid") if case.parent.parent != HEADERS]
+VECTORS = [case for case in _cases("vectors") if case.parent.parent != BASES]
+INVALID = [case for case in _cases("invalid") if case.parent.parent not in (HEADERS, BASES)]
 INVALID_HEADERS = [case for case in _cases("invalid") if case.parent.parent == HEADERS]
 
 
