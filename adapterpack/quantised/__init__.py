@@ -50,8 +50,8 @@ class Scheme:
 
     name: str
     dtype: DType
-    consumed: Mapping[str, tuple[str, ...]]
-    dropped: tuple[str, ...]
+    consumed: Mapping[str, tuple[str, ...]] = field(repr=False)
+    dropped: tuple[str, ...] = field(repr=False)
     _packed: Mapping[str, Packed] = field(repr=False)
 
     def tensor(self, name: str, dtype: DType | None = None) -> Tensor:

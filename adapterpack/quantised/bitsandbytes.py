@@ -187,8 +187,8 @@ def read(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappin
                 hint="merge into the original 16-bit model, then quantise the result",
             )
     used = {stored for p in packed.values() for stored in p.stored}
-    for name in tensors.keys() - used:
-        if name.endswith(_PARTS):
+    for name in tensors:
+        if name.endswith(_PARTS) and name not in used:
             raise InvalidFile(f"{name} belongs to no quantised weight: its quant_state or its weight is missing")
     return Parts(packed, tuple(dropped), dtypes.pop() if len(dtypes) == 1 else None)
 

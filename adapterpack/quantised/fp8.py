@@ -288,8 +288,9 @@ def collect(tensors: Mapping[str, Tensor], block: tuple[int, int] | None) -> Par
             packed[name] = _layout(name, tensor, names[0], tensors[names[0]], block)
     used = {stored for p in packed.values() for stored in p.stored}
     dropped = tuple(n for n, t in tensors.items() if n not in used and _of_activations(n, t))
-    for name in tensors.keys() - used - set(dropped):
-        if name.endswith(("weight_scale", "weight_scale_inv", "proj_scale_inv")):
+    accounted = used.union(dropped)
+    for name in tensors:
+        if name.endswith(("weight_scale", "weight_scale_inv", "proj_scale_inv")) and name not in accounted:
             raise InvalidFile(f"{name} is the scale of no FP8 tensor")
     return Parts(packed, dropped)
 
