@@ -60,6 +60,8 @@ class Kind(enum.Enum):
     """GPT-2's Conv1D: (in, out)."""
     EMBEDDING = "embedding"
     """(entries, dim)."""
+    CONVOLUTION = "convolution"
+    """(out, in, kernel...)."""
     OTHER = "other"
     """Biases, norms and whatever is replaced as a whole."""
 
@@ -77,7 +79,7 @@ class Effect(enum.Enum):
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of one stored base tensor, seen as a matrix of `rows` and all that lies behind them.
+    """Rows of one stored base tensor, seen as a matrix whose rows lie along its last dimension.
 
     Attributes:
         kind: How the tensor lies.

@@ -12,6 +12,7 @@ from adapterpack.backend import Array, Backend, NumpyBackend
 from adapterpack.base import Base
 from adapterpack.errors import LossRefused, Unsupported
 from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
+from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
 _SHOWN = 5
@@ -130,7 +131,9 @@ def _refuse_unused(adapter: Adapter, used: set[str]) -> None:
 
 
 def _scaled(change: Change, weight: float) -> Change:
-    if isinstance(change, LowRankChange | VectorChange):
+    if isinstance(change, LowRankChange | VectorChange) or (
+        isinstance(change, ConvolutionChange) and change.effect is Effect.ADD
+    ):
         return replace(change, scale=change.scale * weight)
     raise Unsupported(f"{change.target} is not merely added to: --weight has no meaning for it")
 
@@ -186,8 +189,10 @@ def parts(block: Block, shape: Shape) -> Iterator[Block]:
 
 
 def as_matrix(shape: Shape) -> tuple[int, int]:
-    """Rows and what lies behind each; a vector is a column."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    """Rows and their width, along the last dimension; a vector is a column."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return math.prod(shape[:-1]), shape[-1]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ def _lora(**fields: Any) -> Callable[[], PeftConfig]:
     return lambda: LoraConfig(**{"r": 4, "lora_alpha": 6, **fields})
 
 
+lora = _lora
+
+
 def _move_base_layers(model: PeftModel) -> None:
     """Saved embeddings that are not the base's any more, as after training with resized embeddings."""
     g = torch.Generator().manual_seed(3)

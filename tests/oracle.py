@@ -125,7 +125,61 @@ def tiny_config(kind: str, tie: bool = False, bias: bool = False, **over: Any) -
                 **over,
             }
         )
-    raise ValueError(f"no tiny model {kind!r}; one of {KINDS}")
+    if kind in _OTHERS:
+        family, fields = _OTHERS[kind]
+        made = getattr(transformers, f"{family[0]}Config")(**{**fields, **over})
+        if tie:
+            made.tie_word_embeddings = True
+        return made
+    raise ValueError(f"no tiny model {kind!r}; one of {(*KINDS, *_OTHERS)}")
+
+
+_OTHERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
+    # Convolutions of two, one and three dimensions.
+    "resnet": (
+        ("ResNet", "ResNetModel"),
+        {"embedding_size": 8, "hidden_sizes": [12, 20], "depths": [1, 1], "layer_type": "bottleneck"},
+    ),
+    "whisper": (
+        ("Whisper", "WhisperModel"),
+        {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+            "vocab_size": 40,
+            "num_mel_bins": 10,
+            "max_source_positions": 16,
+            "max_target_positions": 16,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 3,
+        },
+    ),
+    "videomae": (
+        ("VideoMAE", "VideoMAEModel"),
+        {
+            "image_size": 16,
+            "patch_size": 4,
+            "num_frames": 4,
+            "tubelet_size": 2,
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "qkv_bias": False,
+        },
+    ),
+    "convnext": (
+        ("ConvNext", "ConvNextModel"),
+        {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
+    ),
+}
+"""Family and class in transformers, and the fields of a tiny one."""
 
 
 _CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -134,6 +188,11 @@ _CLASSES: dict[str, type[PreTrainedModel]] = {
     "opt": OPTForCausalLM,
     "bert": BertModel,
 }
+
+
+def _class(kind: str) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] = _CLASSES[kind] if kind in _CLASSES else getattr(transformers, _OTHERS[kind][0][1])
+    return found
 
 
 @_quiet
@@ -153,7 +212,7 @@ def tiny_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _CLASSES[kind](tiny_config(kind, tie, bias, **over))
+        model = _class(kind)(tiny_config(kind, tie, bias, **over))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():  # tied tensors appear once

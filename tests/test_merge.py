@@ -524,14 +524,6 @@ def test_a_pissa_adapter_that_peft_converted_is_plain_lora(workshop, files, tmp_
     assert all(torch.allclose(merged[k], trained[k], atol=2e-6) for k in merged)
 
 
-def test_convolutions_are_refused(workshop, files, tmp_path: Path) -> None:
-    adapter, base = workshop.pair("linear-llama")
-    key = "base_model.model.conv.lora_A.weight"
-    odd = files.edited(adapter, tmp_path / "a", {key: torch.ones(4, 3, 3, 3)})
-    with pytest.raises(Unsupported, match="convolution"):
-        adapterpack.merge(odd, base, tmp_path / "m")
-
-
 @pytest.mark.parametrize("peft_type", ["ADALORA", "LOHA", "RANDLORA", "PVERA", "IA3", "SOMETHING_NEW"])
 def test_other_methods_are_refused_by_name(peft_type, workshop, files, tmp_path: Path) -> None:
     adapter, base = workshop.pair("linear-llama")

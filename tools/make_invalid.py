@@ -411,8 +411,8 @@ def lora_cases() -> None:
     refused("kasa-tensors", lora(arrays=diag), "it is KaSA")
     mapping = {**lora_arrays(), f"{PFX}{Q}.lora_latent_mapping.weight": ramp(2, 2)}
     refused("lora-xs-tensors", lora(arrays=mapping), "it is LoRA-XS")
-    conv = {f"{PFX}conv.lora_A.weight": ramp(2, 3, 3, 3), f"{PFX}conv.lora_B.weight": ramp(4, 2, 1, 1)}
-    refused("convolution", lora({"target_modules": ["conv"]}, conv), "it adapts convolutions")
+    conv = {f"{PFX}conv.lora_A.weight": ramp(2, 4, 3, 3), f"{PFX}conv.lora_B.weight": ramp(4, 1, 1, 1)}
+    refused("convolution-in-groups", lora({"target_modules": ["conv"]}, conv), "is a convolution with 2 groups")
     experts = {k.replace(Q, "mlp.experts.base_layer"): v for k, v in lora_arrays().items()}
     refused("wrapped-module", lora(arrays=experts), "wraps a wrapped module")
 

@@ -267,7 +267,7 @@ class ReplaceChange:
 
     def load(self, xp: Backend) -> Loaded:
         values = xp.native(self.replaced.param.tensor)
-        flat = values.reshape(values.shape[0], -1) if len(values.shape) > 1 else values.reshape(-1)
+        flat = values.reshape(-1, values.shape[-1]) if len(values.shape) > 1 else values.reshape(-1)
         return LoadedReplacement(xp, flat, self.replaced.rows)
 
 

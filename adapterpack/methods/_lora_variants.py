@@ -5,10 +5,8 @@ By `peft_type` and key names all of them look like plain LoRA; read as such they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from adapterpack.tensor import Tensor
 
 _KEEPS_BASE = {"true", "false", "gaussian", "orthogonal", "mica", "eva", "none"}
 """`init_lora_weights` that leave the base as it is, so that file and base give the trained model."""
@@ -35,8 +33,8 @@ _VARIANT_MARKS = {
 _KNOWN = {"use_dora", "use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 
 
-def refused_variant(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """Why this is not the LoRA that we know, None if it is: by config, then by the names and shapes."""
+def refused_variant(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """Why this is not the LoRA that we know, None if it is: by config, then by the names of its tensors."""
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_MOVES_BASE):
         return (
@@ -52,10 +50,8 @@ def refused_variant(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         # Tomorrow's variants will be switches like today's: better refused than read as plain LoRA.
         if field.startswith("use_") and field not in _KNOWN and value:
             return f"{field} is unknown"
-    for key, tensor in tensors.items():
+    for key in names:
         for mark, name in _VARIANT_MARKS.items():
             if mark in key:
                 return f"it is {name} ({key})"
-        if key.endswith((".lora_A.weight", ".lora_A.default.weight")) and len(tensor.shape) > 2:
-            return f"it adapts convolutions ({key})"
     return None

@@ -1,0 +1,107 @@
+"""The modules that a LoRA adapter changes, and the factor of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from adapterpack.adapter import Adapter, Param
+from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.io.patterns import Pattern, peft_patterns
+from adapterpack.methods._keys import flag, require
+from adapterpack.tensor import Shape, Tensor
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module, its tensors sorted out and checked against each other."""
+
+    name: str
+    params: Mapping[str, Param]
+    embedding: bool
+
+    @cached_property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, (r, in) and (out, r); of a convolution (r, in, k...) and (out, r, 1...)."""
+        names = ("lora_embedding_A", "lora_embedding_B") if self.embedding else ("lora_A", "lora_B")
+        a, b = require(self.name, self.params, names)
+        n = len(a.shape)
+        fits = len(b.shape) == n and (n == 2 or (2 < n < 6 and not self.embedding))
+        if not fits or not a.shape[0] or any(k != 1 for k in b.shape[2:]):
+            raise InvalidFile(f"{self.name}: A {a.shape} and B {b.shape} are not (r, in) and (out, r)")
+        if n > 2 and b.shape[1] and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
+            raise Unsupported(
+                f"{self.name} is a convolution with {a.shape[0] // b.shape[1]} groups: PEFT cannot merge it either",
+                hint="leave such layers out in training, or keep the adapter beside its base",
+            )
+        if a.shape[0] != b.shape[1]:
+            raise InvalidFile(f"{self.name}: A {a.shape} and B {b.shape} are not (r, in) and (out, r)")
+        return a, b
+
+    @property
+    def rank(self) -> int:
+        return self.pair[0].shape[0]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the change: (out, in), and the kernel of a convolution behind it."""
+        a, b = self.pair
+        return b.shape[0], *a.shape[1:]
+
+    @property
+    def convolution(self) -> bool:
+        return len(self.shape) > 2
+
+    @property
+    def magnitude(self) -> Param | None:
+        return self.params.get("magnitude") or self.params.get("magnitude.weight")
+
+
+def modules(a: Adapter) -> Iterator[Module]:
+    """Every adapted module. Raises InvalidFile for one that is adapted in two ways."""
+    for name, params in a.modules.items():
+        embedding = "lora_embedding_A" in params or "lora_embedding_B" in params
+        if embedding and ("lora_A" in params or "lora_B" in params):
+            raise InvalidFile(f"{name} is adapted as an embedding and as a linear layer")
+        yield Module(name, params, embedding)
+
+
+def first_match(patterns: list[Pattern], values: Mapping[str, Any], module: str) -> Any:
+    """PEFT takes the first pattern in file order that matches; None if none does."""
+    for pattern in patterns:
+        if pattern.matches(module):
+            return values[pattern.text]
+    return None
+
+
+def pattern_field(config: Mapping[str, Any], field: str) -> tuple[list[Pattern], Mapping[str, Any]]:
+    """The patterns of `rank_pattern` or `alpha_pattern` in the file's order, and what each gives."""
+    values = config.get(field) or {}
+    if not isinstance(values, dict):
+        raise InvalidFile(f"{field} in adapter_config.json is not an object")
+    return list(peft_patterns(values, field)), values
+
+
+class Scaling:
+    """The factor of each module, from the config and the rank that its tensors have.
+
+    The rank comes from the tensors: `rank_pattern` was written with sorted keys, so overlapping patterns
+    may say something else now than in training.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._alpha = config.get("lora_alpha", 8)
+        self._rslora = flag(config, "use_rslora")
+        self._patterns, self._values = pattern_field(config, "alpha_pattern")
+
+    def __call__(self, module: str, rank: int) -> float:
+        alpha = first_match(self._patterns, self._values, module)
+        if alpha is None:
+            alpha = self._alpha
+        number = type(alpha) in (int, float) and math.isfinite(alpha) and 0 < abs(alpha) < 1e9
+        if not number:
+            raise InvalidFile(f"lora_alpha of {module} is {alpha!r:.60}; a finite number other than 0 is wanted")
+        return float(alpha / (math.sqrt(rank) if self._rslora else rank))
