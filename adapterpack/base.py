@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from adapterpack import architectures, limits
+from adapterpack import architectures, limits, names
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
@@ -50,7 +51,8 @@ class Base:
         self.shards: dict[str, safetensors.Header] = {}
         self.tensors: dict[str, Tensor] = {}
         self._files: list[OpenFile] = []
-        self._prefixes: tuple[str, str] = ("", "")
+        self._disk = names.Disk(self.tensors)
+        self._names = names.Names(self._disk)
         try:
             for name in self._shard_names(weights):
                 self._open_shard(name)
@@ -129,32 +131,17 @@ class Base:
     def bind(self, targets: Iterable[str]) -> list[str]:
         """Find how the adapter's names become names on disk.
 
-        A base saved from `AutoModel` lacks the `bert.` or `model.` that a model with a head puts before
-        its body, or the other way round. One prefix for all names that are not there as they stand.
-
         Returns:
             The targets that are not there under any name.
 
         Raises:
-            WrongBase: more than one prefix would do.
+            WrongBase: two ways explain the names, and nothing decides between them.
         """
-        self._prefixes = ("", "")
-        missing = [t for t in targets if not self.has(t)]
-        if not missing:
+        if not self.tensors:
             return []
-        firsts = {name.partition(".")[0] + "." for name in (*self.tensors, *missing)}
-        candidates = [("", p) for p in firsts] + [(p, "") for p in firsts]
-        found = sorted(
-            (strip, add)
-            for strip, add in candidates
-            if all(t.startswith(strip) and add + t.removeprefix(strip) in self.tensors for t in missing)
-        )
-        if len(found) > 1:
-            ways = ", ".join(repr(add or "-" + strip) for strip, add in found)
-            raise WrongBase(f"{missing[0]} could be several tensors of {self.path}: prefixes {ways}")
-        if found:
-            self._prefixes = found[0]
-        return [t for t in missing if not self.has(t)]
+        wanted = list(targets)
+        self._names = self._disk.find(wanted)
+        return [t for t in wanted if not self.has(t)]
 
     def require(self, targets: Iterable[str], config: Mapping[str, Any]) -> None:
         """Bind the names of an adapter, all of which must be there.
@@ -163,71 +150,85 @@ class Base:
             config: The adapter's: it may say which base it is for.
 
         Raises:
-            WrongBase: some are not; they are named.
+            WrongBase: some are not, and they are named; or two of them would be one.
         """
-        missing = self.bind(targets)
+        wanted = list(targets)
+        missing = self.bind(wanted)
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise WrongBase(
                 f"the base {self.path} lacks {len(missing)} tensors that the adapter changes: {shown}",
                 hint=f"the adapter says its base is {config.get('base_model_name_or_path')!r}",
             )
+        self._names.refuse_doubles(wanted)
 
     def on_disk(self, target: str) -> str | None:
         """The name on disk of a tensor that the adapter calls `target`; None if it is not there."""
-        strip, add = self._prefixes
-        for name in (target, add + target.removeprefix(strip)):
-            if name in self.tensors:
-                return name
-        return None
+        return self._names.on_disk(target)
 
     @property
-    def prefix_note(self) -> str | None:
-        strip, add = self._prefixes
-        if strip or add:
-            return f"names on disk {'lack' if strip else 'begin with'} {strip or add!r}"
-        return None
+    def name_notes(self) -> list[str]:
+        """How the names on disk differ from the adapter's, one line for each rule."""
+        return self._names.notes
 
     # -- tied embeddings ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def embedding(self) -> str | None:
-        """Name on disk of the input embeddings, found by their usual names."""
+        """Name on disk of the language model's input embeddings, found by their usual names."""
         for name in architectures.EMBEDDING_NAMES:
-            found = [t for t in self.tensors if t.endswith(f"{name}.weight") and len(self.tensors[t].shape) == 2]
+            found = [t for t in self._weights_of(name) if len(self.tensors[t].shape) == 2]
+            if len(found) > 1:
+                # Those of other parts, and of layers that predict several tokens, have their copies.
+                found = [t for t in found if not names.has_role(t) and not any(p.isdecimal() for p in t.split("."))]
             if len(found) == 1:
                 return found[0]
         return None
 
-    @property
+    @cached_property
     def head(self) -> str:
         """Name that the output embeddings have, or would have, on disk."""
+        # `language_model.model.embed_tokens` has its head beside `model`: language_model.lm_head.
+        outer, body, _ = f".{self.embedding}".partition(".model.")
+        own = f"{outer[1:]}." if body and outer else ""
         for name in architectures.HEAD_NAMES:
-            if f"{name}.weight" in self.tensors:
-                return f"{name}.weight"
-        return f"{architectures.HEAD_NAMES[0]}.weight"
+            found = [t for t in self._weights_of(name) if names.is_body(t.removesuffix(f"{name}.weight").rstrip("."))]
+            if len(found) == 1 or f"{own}{name}.weight" in found:
+                return found[0] if len(found) == 1 else f"{own}{name}.weight"
+        return f"{own}{architectures.HEAD_NAMES[0]}.weight"
+
+    def _weights_of(self, module: str) -> list[str]:
+        """The names of all weights of modules of that name, wherever they stand."""
+        end = f".{module}.weight"
+        return [t for t in self.tensors if f".{t}".endswith(end)]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Are input and output embeddings one tensor? Two that differ are not, whatever the config says."""
+        if self.embedding is None or not self.says_tied:
+            return False
+        return self.head not in self.tensors or self.tensors[self.head].equals(self.tensors[self.embedding])
 
     @property
-    def tied(self) -> bool:
-        """Are input and output embeddings one tensor?"""
-        said = architectures.text_config(self.config).get(
-            "tie_word_embeddings", self.config.get("tie_word_embeddings")
-        )
-        if self.embedding is None or said is False:
-            return False
+    def says_tied(self) -> bool:
+        """Does the config tie them, or leave it to a default that only the missing head tells?"""
+        # transformers 5 asks the whole model's config, 4 the text model's; LLaVA and Qwen2-VL still ask both.
+        whole = self.config.get("tie_word_embeddings")
+        said = whole is True or architectures.text_config(self.config).get("tie_word_embeddings") is True
         if self.head in self.tensors:
-            return said is True
-        # Many model types tie by default and then do not say so in config.json; the missing head tells.
-        return self._has_head
+            return said
+        return self._has_head and (said or whole is not False)
 
     @property
     def _has_head(self) -> bool:
-        names = self.config.get("architectures")
-        named = [str(n) for n in names] if isinstance(names, list) else []
+        said = self.config.get("architectures")
+        named = [str(n) for n in said] if isinstance(said, list) else []
         return not named or any("LMHead" in n or "ForCausalLM" in n or "ForConditional" in n for n in named)
 
     def _tied_head(self, target: str) -> str | None:
-        return target if self.tied and target == self.head else None
+        stem, _, module = target.removesuffix(".weight").rpartition(".")
+        is_head = self.head.removesuffix(".weight").rpartition(".")[2] == module and names.is_body(stem)
+        return target if is_head and target.endswith(".weight") and self.tied else None
 
     # -- what methods ask (adapter.Shapes) ---------------------------------------------------------------
 

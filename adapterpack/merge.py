@@ -198,7 +198,7 @@ class _Job:
         return self._result(target, layout, [s.name for s in layout.touched()], size, name, left, (), notes)
 
     def _name_notes(self) -> list[str]:
-        return [self.base.prefix_note] if self.base.prefix_note else []
+        return list(self.base.name_notes)
 
     @property
     def _device(self) -> str:

@@ -83,7 +83,7 @@ def compare(
 
 def _parted_but_tied(model: Base) -> bool:
     """Does the config tie two tensors that differ?"""
-    return model.tied and model.head in model.tensors and not _is_tied_copy(model, model.head)
+    return model.says_tied and model.head in model.tensors and not _is_tied_copy(model, model.head)
 
 
 def _is_tied_copy(merged: Base, head: str) -> bool:

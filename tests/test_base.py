@@ -273,7 +273,7 @@ def test_a_body_saved_without_its_prefix_is_found(tmp_path: Path) -> None:
     with Base(base) as opened:
         opened.bind(["model.layers.0.q.weight", "model.layers.1.q.weight"])
         assert opened.on_disk("model.layers.1.q.weight") == "layers.1.q.weight"
-        assert opened.prefix_note == "names on disk lack 'model.'"
+        assert opened.name_notes == ["names on disk: model.* -> * (2 tensors)"]
 
 
 def test_a_model_saved_with_a_prefix_more_is_found(tmp_path: Path) -> None:
@@ -282,15 +282,15 @@ def test_a_model_saved_with_a_prefix_more_is_found(tmp_path: Path) -> None:
         opened.bind(["layer.0.q.weight"])
         assert opened.on_disk("layer.0.q.weight") == "bert.layer.0.q.weight"
         assert opened.on_disk("cls.weight") == "cls.weight"
-        assert opened.prefix_note == "names on disk begin with 'bert.'"
+        assert opened.name_notes == ["names on disk: layer.* -> bert.layer.* (1 tensors)"]
 
 
 def test_names_as_they_stand_need_no_prefix(workshop: Workshop) -> None:
     with Base(workshop.base("llama")) as base:
         base.bind([Q])
-        assert base.on_disk(Q) == Q and base.prefix_note is None
+        assert base.on_disk(Q) == Q and base.name_notes == []
         base.bind(["encoder.nothing.weight"])
-        assert base.on_disk("encoder.nothing.weight") is None and base.prefix_note is None
+        assert base.on_disk("encoder.nothing.weight") is None and base.name_notes == []
         with pytest.raises(WrongBase, match=r"has no tensor encoder\.nothing"):
             base.tensor("encoder.nothing.weight")
 
@@ -304,7 +304,7 @@ def test_one_prefix_must_do_for_all_names(tmp_path: Path) -> None:
 
 def test_two_prefixes_that_would_do_are_an_error(tmp_path: Path) -> None:
     base = _made(tmp_path / "b", {"a.x.weight": torch.ones(2), "b.x.weight": torch.ones(2)})
-    with Base(base) as opened, pytest.raises(WrongBase, match=r"could be several tensors .*'a\.', 'b\.'"):
+    with Base(base) as opened, pytest.raises(WrongBase, match=r"could be several tensors .*: a\.x\.weight or b\.x\.weight"):
         opened.bind(["x.weight"])
 
 

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "limits", "version"},
     {"io", "tensor"},
-    {"adapter", "checkpoint", "recipes", "architectures"},
+    {"adapter", "checkpoint", "recipes", "architectures", "names"},
     {"backend", "exactness"},
     {"methods", "containers"},
     {
