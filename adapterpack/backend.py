@@ -8,6 +8,7 @@ numpy starts in a tenth of the time and memory and serves where `exactness` has 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
@@ -178,6 +179,10 @@ class TorchBackend:
         except (RuntimeError, AssertionError) as e:
             raise UsageError(f"no device {device!r} here", hint="--device cpu always works") from e
         self.name = f"torch {self._device}"
+        with warnings.catch_warnings():
+            # torch warns, once, of memory that may not be written to: nobody writes to what `array` gives.
+            warnings.simplefilter("ignore")
+            torch.frombuffer(b"\0", dtype=torch.uint8)
 
     @property
     def torch(self) -> Any:
@@ -196,18 +201,18 @@ class TorchBackend:
         finally:
             self._torch.set_num_threads(before)
 
-    def array(self, data: bytes, dtype: DType, shape: tuple[int, ...]) -> Array:
+    def array(self, data: bytes | bytearray, dtype: DType, shape: tuple[int, ...]) -> Array:
         name = _TORCH_NAMES.get(dtype.name)
         if name is None:
             raise UsageError(f"torch has no dtype {dtype}")
         own = getattr(self.torch, name)
         if not data:
             return self.torch.empty(shape, dtype=own, device=self.device)
-        # A copy of its own: torch warns of memory that may not be written to.
-        return self.torch.frombuffer(bytearray(data), dtype=own).reshape(shape).to(self.device)
+        return self.torch.frombuffer(data, dtype=own).reshape(shape).to(self.device)
 
     def native(self, tensor: Tensor) -> Array:
-        return self.array(tensor.bytes(), tensor.dtype, tensor.shape)
+        # Memory of its own, that may be written to.
+        return self.array(bytearray(tensor.bytes()), tensor.dtype, tensor.shape)
 
     def f32(self, values: Tensor | Array) -> Array:
         return self._to(values, self.torch.float32)

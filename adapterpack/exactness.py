@@ -3,22 +3,26 @@
 PEFT multiplies whole matrices with torch. A f32 product depends on the order of its sums, and that order on
 the library, the processor and the shape; never on the values. So what was seen to agree for a shape agrees:
 - cut into blocks of rows: tried once per shape in each run (milliseconds);
-- numpy in place of torch: tried when a run has torch at hand, and remembered for this processor and these
-  versions, so that later runs can do without importing it (a second, 200 MB).
+- numpy in place of torch: tried in a process of its own while numpy already computes, and remembered for this
+  processor and these versions, so that later runs can do without torch (a second, 200 MB).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
 import platform
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from adapterpack.adapter import Product
 
@@ -104,29 +108,69 @@ def _agree(
 # -- numpy for torch -------------------------------------------------------------------------------------
 
 
-def numpy_proven(products: Iterable[Product]) -> bool:
-    """Has numpy been seen to give torch's bits for all of these, on this processor with these versions?"""
-    wanted = {_name(p) for p in products}
-    known = _read() if wanted else {}
-    return all(known.get(name) is True for name in wanted)
-
-
-def prove_numpy(torch: Backend, products: Iterable[Product]) -> None:
-    """Try the products that have not been tried and remember what came of it. Never fails: it only saves time."""
-    from adapterpack.backend import NumpyBackend
-
+def numpy_known(products: Iterable[Product]) -> bool | None:
+    """Does numpy give torch's bits for all of these, as far as is remembered? None: not all were tried."""
     known = _read()
-    found: dict[str, bool] = {}
-    numpy = NumpyBackend()
+    found = [known.get(_name(p)) for p in products]
+    if False in found:
+        return False
+    return None if None in found else True
+
+
+class Proof:
+    """Tries products with torch in a process of its own: this one need not wait for torch, nor hold it."""
+
+    def __init__(self, products: Iterable[Product]) -> None:
+        known = _read()
+        self._products = [p for p in products if _name(p) not in known]
+        self._result: bool | None = None
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "import sys, adapterpack.exactness as e; e.try_all(sys.stdin, sys.stdout)"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            json.dump([dataclasses.astuple(p) for p in self._products], self._process.stdin)
+            self._process.stdin.close()
+
+    def succeeds(self) -> bool:
+        """Wait for it, and remember what came of it. If it fails to run, nothing is proven."""
+        with self._lock:
+            if self._result is None:
+                assert self._process.stdout is not None
+                said = self._process.stdout.read()
+                self._result = self._process.wait() == 0 and self._learn(json.loads(said))
+            return self._result
+
+    def _learn(self, results: list[bool]) -> bool:
+        _write({**_read(), **{_name(p): r for p, r in zip(self._products, results, strict=True)}})
+        return all(results)
+
+    def close(self) -> None:
+        """Stop it, if nobody has waited for it."""
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def try_all(questions: TextIO, answers: TextIO) -> None:
+    """What the process of a `Proof` does: products in, true or false out, as JSON."""
+    from adapterpack.backend import NumpyBackend, TorchBackend
+
+    torch, numpy = TorchBackend("cpu"), NumpyBackend()
+    found = []
     with numpy.one_thread():
-        for product in products:
-            name = _name(product)
-            if name not in known and name not in found:
-                b, a, bounds = _trial(product)
-                ours = numpy.array(*b), numpy.array(*a)
-                found[name] = _agree(torch, (torch.array(*b), torch.array(*a)), numpy, ours, bounds, product)
-    if found:
-        _write({**known, **found})
+        for question in json.load(questions):
+            product = Product(*question)
+            b, a, bounds = _trial(product)
+            theirs, ours = ((xp.array(*b), xp.array(*a)) for xp in (torch, numpy))
+            found.append(_agree(torch, theirs, numpy, ours, bounds, product))
+    json.dump(found, answers)
 
 
 def _name(p: Product) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,12 @@ def _is_source(a: Source) -> bool:
     return texts and type(a.weight) in (int, float)
 
 
-def differences(lineage: Lineage, model: Base) -> Sequence[str]:
-    """Weight files of a merged model that are not what was merged: names of shards."""
+def differences(recorded: Mapping[str, Mapping[str, Any]], model: Base) -> list[str]:
+    """Names of weight files of a model that are not what was recorded of them."""
     now = of_headers(model.shards)
     keys = ("size", "header_sha256")
     return [
         name
-        for name in sorted({*now, *lineage.shards})
-        if {k: now.get(name, {}).get(k) for k in keys} != {k: lineage.shards.get(name, {}).get(k) for k in keys}
+        for name in sorted({*now, *recorded})
+        if {k: now.get(name, {}).get(k) for k in keys} != {k: recorded.get(name, {}).get(k) for k in keys}
     ]

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,12 @@ def merge(
         aside = stack.enter_context(ThreadPoolExecutor(1))
         work = aside.submit(lambda: job.work)
         with resumable_directory(target, work.result, overwrite=overwrite, protected=protected) as part:
-            result = job.run(part, backend, progress)
-        if backend.result().name == "torch cpu" and not job.plan.torch:
-            exactness.prove_numpy(backend.result(), job.plan.products())
+            try:
+                result = job.run(part, backend, progress)
+            except _Disproved:
+                part.clear()
+                job.proof = None
+                result = job.run(part, job.torch(stack), progress)
         return replace(result, output=str(target))
 
 
@@ -169,6 +173,10 @@ def _cores() -> int:
     """Processors that this process may use; no more than keep a disk busy, for each worker takes memory."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(found, 4)
+
+
+class _Disproved(Exception):
+    """numpy gives other bits than torch: what it computed must not stay."""
 
 
 @dataclass
@@ -181,7 +189,7 @@ class _Job:
     options: Options
     base_reference: str
     references: tuple[str, ...]
-    notes: list[str] = field(default_factory=list)
+    proof: exactness.Proof | None = None
 
     # -- what it will be -----------------------------------------------------------------------------------
 
@@ -194,7 +202,7 @@ class _Job:
             notes.append(more)
         size = sum(s.size for s in layout.shards) + sum(f.nbytes for f in carried.values())
         size += len(self._lineage(layout, {}))
-        name = "numpy" if self._numpy_will_do() else f"torch {self._device}"
+        name = f"torch {self._device}" if self._numpy_will_do() is False else "numpy"
         return self._result(target, layout, [s.name for s in layout.touched()], size, name, left, (), notes)
 
     def _name_notes(self) -> list[str]:
@@ -204,31 +212,49 @@ class _Job:
     def _device(self) -> str:
         return "cpu" if self.options.device == "auto" else self.options.device
 
-    def _numpy_will_do(self) -> bool:
-        """Does numpy give the same bits here, or do bits not matter?"""
+    def _numpy_will_do(self) -> bool | None:
+        """Does numpy give the same bits here, or do bits not matter? None: it has not been tried yet."""
         if self.plan.torch or self._device != "cpu":
             return False
-        return self.options.once or exactness.numpy_proven(self.plan.products())
+        if self.options.once:
+            return True
+        known = exactness.numpy_known(self.plan.products())
+        # Where torch is at hand already there is nothing to gain by trying.
+        return False if known is None and "torch" in sys.modules else known
 
     def backend(self, stack: ExitStack) -> Future[Backend]:
-        """numpy where it will do; else torch, imported while other work goes on."""
+        """numpy where it will do, or may: then a proof is begun; else torch, imported while other work goes on."""
+        will_do = self._numpy_will_do()
+        if will_do is False:
+            return self.torch(stack)
+        if will_do is None:
+            self.proof = exactness.Proof(self.plan.products())
+            stack.callback(self.proof.close)
+        ready: Future[Backend] = Future()
+        ready.set_result(NumpyBackend())
+        stack.enter_context(ready.result().one_thread())
+        return ready
+
+    def torch(self, stack: ExitStack) -> Future[Backend]:
         ready: Future[Backend] = Future()
 
         def load() -> None:
             try:
-                xp: Backend = NumpyBackend() if self._numpy_will_do() else TorchBackend(self._device)
+                xp = TorchBackend(self._device)
                 stack.enter_context(xp.one_thread())
                 ready.set_result(xp)
             except BaseException as e:
                 ready.set_exception(e)
 
-        if self._numpy_will_do():
-            load()
-        else:
-            threading.Thread(target=load, daemon=True).start()
-            # Whatever happens meanwhile, what it sets is set back.
-            stack.callback(ready.exception)
+        threading.Thread(target=load, daemon=True).start()
+        # Whatever happens meanwhile, what it sets is set back.
+        stack.callback(ready.exception)
         return ready
+
+    def believe(self) -> None:
+        """Raise _Disproved if numpy has turned out to give other bits than torch."""
+        if self.proof is not None and not self.proof.succeeds():
+            raise _Disproved
 
     @cached_property
     def sources(self) -> tuple[lineage.Source, ...]:
@@ -265,6 +291,7 @@ class _Job:
         changed = [name for entry in reused.values() for name in entry["changed"]]
 
         def finished(shard: Shard, names: list[str]) -> None:
+            self.believe()
             changed.extend(names)
             written = (part.path / shard.name).stat()
             facts = lineage.shard_facts(shard.header, shard.size)

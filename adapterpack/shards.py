@@ -64,6 +64,8 @@ class Shard:
         return len(self.header) + sum(s.tensor.nbytes for s in self.segments)
 
 
+_FINISHERS = 8
+
 Finished = Callable[[Shard, list[str]], None]
 """What to do once a shard is durable; it is told which tensors really changed."""
 
@@ -139,7 +141,8 @@ def _share(outputs: list[_Output], backend: Future[Backend], jobs: int, once: bo
             queue.stop()
             raise
 
-    with ThreadPoolExecutor(1) as finisher, ThreadPoolExecutor(jobs) as workers:
+    # Some for finishing, too: one shard that waits to be reported does not keep others from the disk.
+    with ThreadPoolExecutor(_FINISHERS) as finisher, ThreadPoolExecutor(jobs) as workers:
         running = [workers.submit(loop) for _ in range(jobs)]
         try:
             for future in running:

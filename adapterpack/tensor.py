@@ -120,8 +120,8 @@ def chunks(source: Source, start: int = 0, stop: int | None = None) -> Iterator[
         yield source.read(first, min(first + limits.CHUNK_BYTES, stop))
 
 
-_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-"""All bits of the exponent: with them stand infinities and NaN."""
+_INFINITY = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+"""The bits of positive infinity; NaN stands above it, and negative ones above those with the sign."""
 
 
 def nonfinite(data: Array, dtype: DType) -> bool:
@@ -130,9 +130,11 @@ def nonfinite(data: Array, dtype: DType) -> bool:
 
     if not data.size:
         return False
-    words: Array = data.view(np.uint32 if dtype.bits == 32 else np.uint16)
-    exponent = _EXPONENT[dtype.name]
-    return int(np.bitwise_and(words, exponent).max()) == exponent
+    signed, unsigned = (np.int32, np.uint32) if dtype.bits == 32 else (np.int16, np.uint16)
+    infinity = _INFINITY[dtype.name]
+    sign = 1 << (dtype.bits - 1)
+    # As signed numbers the negative floats are small, as unsigned ones they are the large ones.
+    return int(data.view(signed).max()) >= infinity or int(data.view(unsigned).max()) >= sign | infinity
 
 
 def digest(source: Source) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterpack import containers, hub, merged_model, methods, plan
+from adapterpack import containers, hub, lineage, merged_model, methods, plan
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -26,7 +26,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, INDEX, SINGLE, Base
-from adapterpack.errors import UsageError
+from adapterpack.errors import AdapterpackError, InvalidFile, UsageError
 from adapterpack.methods import _lowrank
 from adapterpack.methods._changes import ReplaceChange
 from adapterpack.tensor import DType, Shape
@@ -74,7 +74,8 @@ def verify(
     Args:
         a: The reference adapter.
         b: An adapter, or a model directory when `base` is given.
-        base: The base model; needed for a merged model and for changes that depend on W (DoRA).
+        base: The base model; needed for changes that depend on W (DoRA), and for a merged model that has no
+            lineage.
         max_error: Largest relative error of a module that counts as equal. None: 5e-6 between adapters, and
             nothing beyond the rounding of the dtype for a merged model.
         device: Where the maths runs.
@@ -90,15 +91,7 @@ def verify(
         method_a, adapter_a = methods.parse(source)
         model = _open_base(base, stack)
         if _is_model(Path(b)):
-            if model is None:
-                raise UsageError(f"{b} is a model: name what it was merged into", hint="--base BASE")
-            merged = stack.enter_context(Base(Path(b)))
-            merge_plan = plan.make([(method_a, adapter_a)], model)
-            errors, findings = merged_model.compare(
-                merge_plan, model, merged, xp, max_error=max_error or 0.0, progress=progress
-            )
-            note = "errors of a merged model hold the rounding of its dtype; findings are what goes beyond it"
-            return _verdict(errors, findings, [note], bound=math.inf)
+            return _against_model((method_a, adapter_a), Path(b), model, xp, max_error, stack, progress)
         other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle))
         method_b, adapter_b = methods.parse(other)
         bound = EQUIVALENT_ERROR if max_error is None else max_error
@@ -109,6 +102,73 @@ def verify(
             (method_a, adapter_a), (method_b, adapter_b), request, model=model, progress=progress
         )
         return _verdict(errors, findings, notes, bound=bound)
+
+
+def _against_model(
+    a: tuple[Method, Adapter],
+    path: Path,
+    model: Base | None,
+    xp: Backend,
+    max_error: float | None,
+    stack: ExitStack,
+    progress: Progress | None,
+) -> Verification:
+    """Hold a merged model against what the adapter makes of the base, and against its own lineage."""
+    merged = stack.enter_context(Base(path))
+    story = lineage.read(path)
+    notes = ["errors of a merged model hold the rounding of its dtype; findings are what goes beyond it"]
+    if model is None and story is not None:
+        model = _open_base(story.base, stack)
+        notes.append(f"base: {story.base}, as {lineage.NAME} says")
+    if model is None:
+        raise UsageError(f"{path} is a model: name what it was merged into", hint="--base BASE")
+    adapters, weights = [a], [1.0]
+    if story is not None:
+        notes += _changes_since(story, merged, model)
+        adapters, weights = _merged_with(a, story, stack)
+        if a[1].source.digest() not in [s.sha256 for s in story.adapters]:
+            said = ", ".join(s.reference for s in story.adapters)
+            notes.append(f"{lineage.NAME} says that other files were merged: {said}")
+        elif len(adapters) > 1:
+            notes.append(f"merged from {len(adapters)} adapters, as {lineage.NAME} says; all were applied, in order")
+    merge_plan = plan.make(adapters, model, weights=weights)
+    errors, findings = merged_model.compare(
+        merge_plan, model, merged, xp, max_error=max_error or 0.0, progress=progress
+    )
+    return _verdict(errors, findings, notes, bound=math.inf)
+
+
+def _changes_since(story: lineage.Lineage, merged: Base, model: Base) -> list[str]:
+    """Weight files that are not those of the merge any more. Their tensors may be: that is compared."""
+    sides = (("the merged model", story.shards, merged), ("the base", story.base_shards, model))
+    return [
+        f"{name} of {side} has another size or header than the merge recorded"
+        for side, recorded, now in sides
+        for name in lineage.differences(recorded, now)
+    ]
+
+
+def _merged_with(
+    a: tuple[Method, Adapter], story: lineage.Lineage, stack: ExitStack
+) -> tuple[list[tuple[Method, Adapter]], list[float]]:
+    """All adapters of a merge and their weights, if A is among them; else A alone."""
+    sha256 = a[1].source.digest()
+    if sha256 not in [s.sha256 for s in story.adapters]:
+        return [a], [1.0]
+    adapters = []
+    for source in story.adapters:
+        if source.sha256 == sha256:
+            adapters.append(a)
+            continue
+        hint = f"the model was merged from {len(story.adapters)} adapters; put it where it was"
+        try:
+            checkpoint = stack.enter_context(containers.open_checkpoint(source.reference))
+        except AdapterpackError as e:
+            raise InvalidFile(f"{source.reference}, merged too, cannot be read: {e.message}", hint=hint) from e
+        if checkpoint.digest() != source.sha256:
+            raise InvalidFile(f"{source.reference} is not the adapter that was merged", hint=hint)
+        adapters.append(methods.parse(checkpoint))
+    return adapters, [s.weight for s in story.adapters]
 
 
 def _open_base(base: str | Path | None, stack: ExitStack) -> Base | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
+# What numpy was seen to do on this machine is tried anew, and the user's own record left alone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="adapterpack-cache-")
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 

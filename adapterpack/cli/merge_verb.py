@@ -31,7 +31,7 @@ from adapterpack.merge import Merge, merge
     help="Read merged tensors back and check them before anything is published.",
 )
 @out.device_option
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Workers; else one for each core, four at most.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Workers; else one a core, four at most.")
 @click.option("--digest", is_flag=True, help="Record the SHA-256 of every file read and written in the lineage.")
 @out.source_options
 @out.overwrite_option

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class Part:
     def __init__(self, work: Path, key: Callable[[], str]) -> None:
         self.path = work / "model"
         self._journal, self._key = work / "journal", key
+        self._lock = threading.Lock()
         self.done: list[dict[str, Any]] = self._resume()
         self.kept = bool(self.done)
 
@@ -54,15 +56,16 @@ class Part:
         self.done, self.kept = [], False
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Note that something is done and durable."""
-        lines = [entry] if self._journal.exists() else [{"journal": _SCHEMA, "work": self._key()}, entry]
+        """Note that something is done and durable. Any thread may."""
+        key = self._key()
         # The names of new files must be durable before the journal counts on them.
         atomic.sync_directory(self.path)
-        with self._journal.open("ab") as journal:
+        with self._lock, self._journal.open("ab") as journal:
+            lines = [entry] if journal.tell() else [{"journal": _SCHEMA, "work": key}, entry]
             journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             journal.flush()
             os.fsync(journal.fileno())
-        self.kept = True
+            self.kept = True
 
 
 def _lines(journal: Path) -> list[dict[str, Any]]:

@@ -131,7 +131,8 @@ class LoadedLowRank:
     def stored_delta(self, block: Block) -> Array:
         """f32, as the weight lies: the product, then the transpose, then the scale, in PEFT's order."""
         delta = _product(self.factors.b, self.factors.a, block)
-        delta *= self.factors.scale
+        if self.factors.scale != 1:
+            delta *= self.factors.scale
         return delta
 
     def apply(self, w: Array, block: Block) -> Array:
