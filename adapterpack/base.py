@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from adapterpack import architectures, limits, names
+from adapterpack import architectures, limits, names, quantised
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
@@ -18,6 +18,8 @@ from adapterpack.tensor import BF16, DTYPES, F16, F32, DType, Shape, Tensor
 
 _SHOWN = 5
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODELOPT = "hf_quant_config.json"
+"""Where ModelOpt says how it quantised, beside config.json or instead of it."""
 
 
 class Base:
@@ -28,7 +30,9 @@ class Base:
         config: config.json; empty if there is none.
         shards: Weight file name to its header.
         index: The shard index; None for a single file.
-        tensors: Name on disk to tensor.
+        stored: Name on disk to tensor, as it is stored.
+        tensors: The same; of a quantised base the tensors of the 16-bit model that it stands for.
+        scheme: How it is quantised; None if it is not.
     """
 
     def __init__(self, path: Path, *, weights: bool = True) -> None:
@@ -40,7 +44,7 @@ class Base:
 
         Raises:
             InvalidFile: malformed, a shard is missing, or names disagree.
-            Unsupported: the weights are there in another form only, or are quantised.
+            Unsupported: the weights are there in another form only.
         """
         if not path.is_dir():
             raise InvalidFile(f"{path} is no model directory")
@@ -50,6 +54,9 @@ class Base:
         self.index: Mapping[str, Any] | None = None
         self.shards: dict[str, safetensors.Header] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.stored: Mapping[str, Tensor] = self.tensors
+        self.scheme: quantised.Scheme | None = None
+        self._refusal: Unsupported | None = None
         self._files: list[OpenFile] = []
         self._disk = names.Disk(self.tensors)
         self._names = names.Names(self._disk)
@@ -57,6 +64,7 @@ class Base:
             for name in self._shard_names(weights):
                 self._open_shard(name)
             self._check_index()
+            self._find_scheme()
         except BaseException:
             self.close()
             raise
@@ -106,6 +114,39 @@ class Base:
         unlisted = self.tensors.keys() - self.index["weight_map"].keys()
         if unlisted:
             raise InvalidFile(f"{INDEX} does not list {min(unlisted)}")
+
+    def _find_scheme(self) -> None:
+        config = self.config
+        beside = self.path / MODELOPT
+        if "quantization_config" not in config and beside.exists():
+            said = strict_json.read(beside).get("quantization")
+            if isinstance(said, dict):
+                config = {**config, "quantization_config": {"quant_method": "modelopt", **said}}
+        try:
+            self.scheme = quantised.find(config, self.tensors)
+        except Unsupported as e:
+            # Its names and shapes may be all that is asked for.
+            self._refusal = e
+        if self.scheme is not None:
+            self.stored = dict(self.tensors)
+            self.tensors.clear()
+            self.tensors.update(self.scheme.plain(self.stored))
+
+    def need_weights(self) -> None:
+        """Raise Unsupported if the values of its weights cannot be known: it is quantised in another way."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def origin(self, name: str) -> Tensor:
+        """The values that a tensor stands for, not rounded to the 16 bits that it has in `tensors`."""
+        if self.scheme is not None and name in self.scheme.consumed:
+            return self.scheme.tensor(name, F32)
+        return self.tensors[name]
+
+    def plain_shard(self, shard: str) -> dict[str, Tensor]:
+        """The tensors of a weight file, in its order; of a quantised one those of the 16-bit model."""
+        tensors = self.shards[shard].tensors
+        return dict(tensors) if self.scheme is None else self.scheme.plain(tensors)
 
     def stamps(self) -> dict[str, tuple[int, int]]:
         """Size and time of the last change (ns) of each weight file, as they were opened."""

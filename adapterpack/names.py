@@ -57,8 +57,11 @@ class Names:
     """The adapter's names on disk.
 
     Attributes:
-        rules: The prefixes that differ.
+        disk: The base's names.
+        rules: The prefixes that differ; the longest that fits counts, and stands first.
         respelled: How many targets end otherwise on disk (`LayerNorm.gamma`).
+        found: Target to its name on disk, None where there is none.
+        modules: The modules of the targets that are there.
     """
 
     disk: Disk
@@ -69,17 +72,19 @@ class Names:
 
     def on_disk(self, name: str) -> str | None:
         """The name on disk of what the adapter calls `name`; None if it is not there."""
-        if name in self.found:
-            return self.found[name]
+        return self.found[name] if name in self.found else self.disk.real(self.moved(name))
+
+    def moved(self, name: str) -> str:
+        """The name on disk that a tensor has by the rules, be it there or not (experts may lie apart)."""
         if not self.rules:
-            return self.disk.real(name)
+            return name
         module, _, leaf = _spelled(name).rpartition(".")
         if module in self.modules:
-            return self.disk.real(f"{self.modules[module]}.{leaf}")
-        for rule in sorted(self.rules, key=lambda r: -len(r.old)):
+            return f"{self.modules[module]}.{leaf}"
+        for rule in self.rules:
             if name.startswith(rule.old):
-                return self.disk.real(rule.new + name.removeprefix(rule.old))
-        return self.disk.real(name)
+                return rule.new + name.removeprefix(rule.old)
+        return name
 
     def refuse_doubles(self, targets: Iterable[str]) -> None:
         """Two targets of one adapter are two tensors.
@@ -99,7 +104,9 @@ class Names:
         """One line for each rule."""
         notes = [f"names on disk: {rule}" for rule in self.rules]
         if self.respelled:
-            notes.append(f"names on disk: {self.respelled} tensors have the endings of older versions, or newer ones")
+            notes.append(
+                f"names on disk: {self.respelled} tensors end otherwise, as LayerNorm.gamma and LayerNorm.weight"
+            )
         return notes
 
 
@@ -179,27 +186,25 @@ class Disk:
         """The stem on disk, None if there is none; and is it a guess, with no rule of transformers behind it?"""
         votes = self._votes(tails)
         score = Counter(s for stems in votes for s in stems)
-        full = sorted(s for s, n in score.items() if n == len(votes))
+        full = [s for s, n in score.items() if n == len(votes)]
         if stem in full or (not full and stem in score):
             return stem, False
-        moved = _move(stem, known)
-        if moved in full:
+        if (moved := _move(stem, known)) in full:
             return moved, False
-        of_one_tower = [s for s in full or sorted(score) if _core(s) == _core(stem)]
-        if len(of_one_tower) == 1:
-            return of_one_tower[0], False
-        if any(_core(s) == _core(stem) for s in score):
-            # The tower is there: nothing else is it, however well its names would do.
-            guesses = of_one_tower if full else []
-        else:
-            guesses = [s for s in full if _related(stem, s) or self._is_all(stem, s, set(score))]
-        if len(guesses) > 1:
-            ways = " or ".join(_join(s, tails[0]) for s in guesses)
+        # Where none has all of them some are missing in any case; the best tells which.
+        best = sorted(full or (s for s, n in score.items() if n == max(score.values())))
+        ways, guessed = [s for s in best if _core(s) == _core(stem)], False
+        # Where the tower is, nothing else is it, however well its names would do.
+        if not any(_core(s) == _core(stem) for s in score):
+            ways = [s for s in best if _related(stem, s) or self._is_all(stem, s, set(score))]
+            guessed = True
+        if full and len(ways) > 1:
+            names = " or ".join(_join(s, tails[0]) for s in ways)
             raise WrongBase(
-                f"{_join(stem, tails[0])} could be several tensors of the base: {ways}",
+                f"{_join(stem, tails[0])} could be several tensors of the base: {names}",
                 hint="is it a model of several parts? merge into the part that the adapter was trained on",
             )
-        return (guesses[0], True) if guesses else (None, False)
+        return (ways[0], guessed) if len(ways) == 1 else (None, False)
 
     def _votes(self, tails: Sequence[str]) -> list[set[str]]:
         """For each tail the stems that it has on disk. Experts may be fused or apart there: then they do not vote."""
@@ -217,7 +222,7 @@ class Disk:
         transformers 5 does that to CLIP's and SigLIP's: `encoder.layers` lies as `vision_model.encoder.layers`.
         """
         alone = found == {other} and all(_roles(other) <= _roles(t) for t in self._towers)
-        return alone and f".{other}".endswith(f".{stem}" if stem else "")
+        return alone and bool(_core(stem)) and other.endswith(f".{stem}")
 
 
 def _names(disk: Disk, wanted: Sequence[str], chosen: Mapping[tuple[str, str], str]) -> Names:
@@ -229,17 +234,16 @@ def _names(disk: Disk, wanted: Sequence[str], chosen: Mapping[tuple[str, str], s
         stem, tail = _split(_spelled(target))
         new = chosen.get((stem, "" if stem else tail.partition(".")[0]))
         name = found[target] = None if new is None else disk.real(_join(new, tail))
-        if new is None or name is None:
-            continue
-        modules[_join(stem, tail).rpartition(".")[0]] = _join(new, tail).rpartition(".")[0]
-        if new != stem:
+        if new is not None and new != stem:
             old, to = _reduced(stem, new)
             # A rule without a prefix would move all names: it takes the next component with it.
             shared = "" if old else _join(stem, tail).partition(".")[0] + "."
             moved[old + shared, to + shared] += 1
-        respelled += _spelled(name) != name or _spelled(target) != target
-    rules = tuple(Rule(old, new, n) for (old, new), n in moved.items())
-    return Names(disk, rules, respelled, found, modules)
+        if new is not None and name is not None:
+            modules[_join(stem, tail).rpartition(".")[0]] = _join(new, tail).rpartition(".")[0]
+            respelled += (_spelled(name) == name) != (_spelled(target) == target)
+    rules = (Rule(old, new, n) for (old, new), n in sorted(moved.items(), key=lambda m: (-len(m[0][0]), m[0])))
+    return Names(disk, tuple(rules), respelled, found, modules)
 
 
 def _spelled(name: str) -> str:
