@@ -90,6 +90,7 @@ def make(
         LossRefused: parameters of an adapter would go unused; all are named.
         Unsupported: weights of a dtype that nothing can be added to.
     """
+    base.need_weights()
     # The last one binds for all: names of one base need one prefix.
     for _, adapter in adapters:
         base.require(adapter.targets(), adapter.config)
@@ -105,7 +106,7 @@ def make(
             tensor = base.tensor(change.target)
             if tensor.dtype not in (F32, BF16, F16):
                 raise Unsupported(
-                    f"{change.target} of the base is {tensor.dtype}: a quantised base cannot be merged into yet",
+                    f"{change.target} of the base is {tensor.dtype}, which nothing can be added to",
                     hint="merge into the original 16-bit model",
                 )
             kind = change.place(tensor.shape, base.conv1d(change.module))
@@ -203,23 +204,28 @@ class LoadedSteps:
         tensor: As the base has it.
         steps: Its changes, in order.
         xp: Where they compute.
+        origin: Where its values are read from: f32 ones of a quantised base, else the tensor itself.
     """
 
     tensor: Tensor
     steps: tuple[tuple[Loaded, Step], ...]
     xp: Backend
+    origin: Tensor
 
     @classmethod
-    def read(cls, tensor: Tensor, steps: Sequence[Step], xp: Backend) -> LoadedSteps:
-        return cls(tensor, tuple((s.change.load(xp), s) for s in steps), xp)
+    def read(
+        cls, tensor: Tensor, steps: Sequence[Step], xp: Backend, origin: Tensor | None = None
+    ) -> LoadedSteps:
+        return cls(tensor, tuple((s.change.load(xp), s) for s in steps), xp, origin or tensor)
 
     def base(self, block: Block) -> Array:
-        """A block of the tensor as the base has it, in its own dtype."""
+        """A block of the tensor as the base has it, in the dtype of its origin."""
         _, width = as_matrix(self.tensor.shape)
-        size = width * self.tensor.dtype.bits // 8
-        data = self.tensor.source.read(block.rows.start * size, block.rows.stop * size)
+        dtype = self.origin.dtype
+        size = width * dtype.bits // 8
+        data = self.origin.source.read(block.rows.start * size, block.rows.stop * size)
         height = block.rows.stop - block.rows.start
-        return self.xp.array(data, self.tensor.dtype, (height, width) if len(self.tensor.shape) > 1 else (height,))
+        return self.xp.array(data, dtype, (height, width) if len(self.tensor.shape) > 1 else (height,))
 
     def changed(self, w: Array, block: Block, *, once: bool = False) -> Array:
         """A block with its changes, in the dtype of the base.
@@ -234,6 +240,8 @@ class LoadedSteps:
             for change, step in self.steps:
                 w = change.exact(w, step.block(block))
             return xp.round(w, dtype)
+        # A quantised base is dequantised to 16 bits before it is merged into.
+        w = xp.round(w, dtype)
         # PEFT rounds after each change, for each is stored before the next one comes.
         for change, step in self.steps:
             w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)

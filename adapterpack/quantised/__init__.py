@@ -75,7 +75,7 @@ class Scheme:
         """All tensors of the unquantised model: dequantised ones, and the others as they are stored.
 
         Args:
-            tensors: Those that the scheme was found in; each keeps its place.
+            tensors: Those that the scheme was found in, or a part of them; each keeps its place.
         """
         home = {stored[0]: name for name, stored in self.consumed.items()}
         hidden = {n for stored in self.consumed.values() for n in stored}.union(self.dropped)
