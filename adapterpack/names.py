@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from adapterpack.errors import WrongBase
@@ -33,6 +33,21 @@ _SPELLINGS = {
     ".weight_v": ".parametrizations.weight.original1",
 }
 """Old endings and new ones: the `legacy` rules of conversion_mapping.py."""
+
+
+def _attention(before: str) -> tuple[tuple[str, str], ...]:
+    named = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+    pairs = ((f".attention.{new}.", f".attention.{before}.{old}.") for new, old in named)
+    return (*pairs, (".attention.o_proj.", ".attention.output.dense."))
+
+
+_MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
+_FAMILIES = (
+    ((".layers.", ".encoder.layer."), *_attention("attention"), *_MLP),
+    _attention("attention"),
+    (*_attention("self"), *_MLP),
+)
+"""Inner names of vision models in transformers 5 and on disk: `ViTModel`, `Dinov2Model`, `swin` there."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Names:
         respelled: How many targets end otherwise on disk (`LayerNorm.gamma`).
         found: Target to its name on disk, None where there is none.
         modules: The modules of the targets that are there.
+        words: Inner names and those on disk, replaced before anything else.
     """
 
     disk: Disk
@@ -69,13 +85,16 @@ class Names:
     respelled: int = 0
     found: Mapping[str, str | None] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
+    words: tuple[tuple[str, str], ...] = ()
 
     def on_disk(self, name: str) -> str | None:
         """The name on disk of what the adapter calls `name`; None if it is not there."""
-        return self.found[name] if name in self.found else self.disk.real(self.moved(name))
+        said = _replaced(name, self.words)
+        return self.found[said] if said in self.found else self.disk.real(self.moved(name))
 
     def moved(self, name: str) -> str:
         """The name on disk that a tensor has by the rules, be it there or not (experts may lie apart)."""
+        name = _replaced(name, self.words)
         if not self.rules:
             return name
         module, _, leaf = _spelled(name).rpartition(".")
@@ -102,7 +121,8 @@ class Names:
     @property
     def notes(self) -> list[str]:
         """One line for each rule."""
-        notes = [f"names on disk: {rule}" for rule in self.rules]
+        words = (f"{a.strip('.')} -> {b.strip('.')}" for a, b in self.words if any(b in f".{n}" for n in self.found))
+        notes = [f"names on disk: {rule}" for rule in (*self.rules, *words)]
         if self.respelled:
             notes.append(
                 f"names on disk: {self.respelled} tensors end otherwise, as LayerNorm.gamma and LayerNorm.weight"
@@ -156,6 +176,23 @@ class Disk:
         wanted = list(dict.fromkeys(targets))
         if all(t in self._names for t in wanted):
             return Names(self)
+        plain = self._find(wanted)
+        missing = [t for t in wanted if plain.found[t] is None]
+        if not missing:
+            return plain
+        ways: dict[tuple[str | None, ...], Names] = {}
+        for words in (w for family in _FAMILIES for w in (family, tuple((b, a) for a, b in family))):
+            other = replace(self._find([_replaced(t, words) for t in wanted]), words=words)
+            if all(_explains(other, plain, t) for t in wanted):
+                ways.setdefault(tuple(other.on_disk(t) for t in wanted), other)
+        most = max((len(w) - w.count(None) for w in ways), default=0)
+        best = [w for w in ways if len(w) - w.count(None) == most > len(wanted) - len(missing)]
+        if len(best) > 1:
+            target, a, b = next(x for x in zip(wanted, *best[:2], strict=True) if x[1] != x[2])
+            raise WrongBase(f"{target} could be several tensors of the base: {a} or {b}")
+        return ways[best[0]] if best else plain
+
+    def _find(self, wanted: Sequence[str]) -> Names:
         groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for target in wanted:
             stem, tail = _split(_spelled(target))
@@ -244,6 +281,19 @@ def _names(disk: Disk, wanted: Sequence[str], chosen: Mapping[tuple[str, str], s
             respelled += (_spelled(name) == name) != (_spelled(target) == target)
     rules = (Rule(old, new, n) for (old, new), n in sorted(moved.items(), key=lambda m: (-len(m[0][0]), m[0])))
     return Names(disk, tuple(rules), respelled, found, modules)
+
+
+def _explains(other: Names, plain: Names, target: str) -> bool:
+    """Are its words right for a target: is it there, or the same without them?"""
+    found = other.on_disk(target)
+    return found == plain.on_disk(target) if _replaced(target, other.words) == target else found is not None
+
+
+def _replaced(name: str, words: Iterable[tuple[str, str]]) -> str:
+    name = f".{name}"
+    for old, new in words:
+        name = name.replace(old, new, 1)
+    return name[1:]
 
 
 def _spelled(name: str) -> str:

@@ -56,6 +56,14 @@ def _config(kind: str) -> Any:
         return tf.Qwen2AudioConfig(audio_config=audio, text_config=_text("qwen2"), audio_token_index=90)
     if kind == "clip-vision":
         return tf.CLIPVisionConfig(**_SIZES, **_IMAGE)
+    if kind == "vit":
+        return tf.ViTConfig(**_SIZES, **_IMAGE)
+    if kind == "dinov2":
+        return tf.Dinov2Config(**_SIZES, **_IMAGE, mlp_ratio=2)
+    if kind == "swin":
+        return tf.SwinConfig(
+            image_size=16, patch_size=4, embed_dim=16, depths=[1, 2], num_heads=[2, 2], window_size=2
+        )
     raise ValueError(kind)
 
 
@@ -71,8 +79,12 @@ _CLASSES = {
     "qwen2.5-vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2-audio": "Qwen2AudioForConditionalGeneration",
     "clip-vision": "CLIPVisionModel",
+    "vit": "ViTForImageClassification",
+    "dinov2": "Dinov2ForImageClassification",
+    "swin": "SwinForImageClassification",
 }
-KINDS = tuple(k for k in _CLASSES if k != "clip-vision")
+VISION = ("clip-vision", "vit", "dinov2", "swin")
+KINDS = tuple(k for k in _CLASSES if k not in VISION)
 
 
 def model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -116,4 +128,4 @@ def loads_whole(directory: Path) -> Any:
     return made
 
 
-__all__ = ["KINDS", "TEXT", "disk_names", "loads_whole", "model", "oracle", "renamed"]
+__all__ = ["KINDS", "TEXT", "VISION", "disk_names", "loads_whole", "model", "oracle", "renamed"]
