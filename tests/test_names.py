@@ -335,6 +335,32 @@ def test_one_tower_is_never_another(stem: str, disk: list[str]) -> None:
 @pytest.mark.parametrize(
     ("stem", "disk"),
     [
+        ("model.language_model", "model.language_model.model"),
+        ("model.language_model", "thinker.model"),
+        ("model", "model.text_model"),
+        ("model.text_model", "text_model.model"),
+        ("", "model"),
+        ("_orig_mod.model", "model"),
+        ("bert.encoder", "encoder"),
+        ("encoder", "bert.encoder"),
+        ("model.decoder", "decoder"),
+        ("timm_model", ""),
+        ("model.vision_tower", "model.vision_tower.timm_model"),
+        ("model.vision_tower.encoder", "vision_tower.vision_model.encoder"),
+        ("model.visual", "thinker.visual"),
+        ("model.vision_tower", "visual"),
+    ],
+)
+def test_known_nestings_are_found_both_ways_beside_another_tower(stem: str, disk: str) -> None:
+    beside = "audio_tower" if "vis" in stem else "vision_tower" if "encoder" not in stem else "talker.model"
+    for old, new in ((stem, disk), (disk, stem)):
+        names = Disk(_layers(new) + _layers(beside, 4)).find(_layers(old))
+        assert [names.on_disk(t) for t in _layers(old)] == _layers(new)
+
+
+@pytest.mark.parametrize(
+    ("stem", "disk"),
+    [
         ("language_model", ["model", "model.language_model"]),
         ("model", ["foo", "bar.model"]),
         ("encoder", ["encoder_q.encoder", "encoder_k.encoder"]),
@@ -434,3 +460,16 @@ def all_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, s
         # A tied head is its embedding on disk.
         found[kind] = {m: d for m, d in names.items() if m != "lm_head.weight" or d.endswith("lm_head.weight")}
     return found
+
+
+def test_check_and_verify_know_the_names_too(nested: Any, tmp_path: Path) -> None:
+    n = nested("gemma3")
+    assert adapterpack.check(n.adapter, base=n.base).healthy
+    old = n.as_on_disk(tmp_path / "old")
+    adapterpack.merge(n.adapter, n.base, tmp_path / "m")
+    for adapter in (n.adapter, old):
+        assert adapterpack.verify(adapter, tmp_path / "m", base=n.base).equal
+    # One after the other, one with the old names and one with the new.
+    adapterpack.merge([n.adapter, old], n.base, tmp_path / "two")
+    adapterpack.merge([old, old], n.base, tmp_path / "same")
+    _same(tmp_path / "two", load_file(tmp_path / "same" / "model.safetensors"))
