@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from adapterpack import lineage
-from adapterpack.base import INDEX, Base
+from adapterpack.base import INDEX, MODELOPT, Base
 from adapterpack.errors import InvalidFile
 from adapterpack.io import atomic
 from adapterpack.io.files import WholeFile
@@ -37,7 +37,7 @@ _NEVER_CARRIED = {".git", ".cache", "__pycache__", lineage.NAME}
 """Of a base's own lineage the new one tells."""
 
 
-def others(base: Base) -> tuple[dict[str, WholeFile], list[str]]:
+def others(base: Base, *, requantise: bool = False) -> tuple[dict[str, WholeFile], list[str]]:
     """Every file that is carried, by path below the base, and the names of those that are not."""
     carried: dict[str, WholeFile] = {}
     left: list[str] = []
@@ -48,7 +48,7 @@ def others(base: Base) -> tuple[dict[str, WholeFile], list[str]]:
         if not path.exists():
             raise InvalidFile(f"{path} is a link that leads nowhere", hint="remove it from the base")
         other_index = name.endswith(".index.json") and name != INDEX
-        if path.suffix in _OTHER_WEIGHTS or other_index:
+        if path.suffix in _OTHER_WEIGHTS or other_index or (name == MODELOPT and not requantise):
             left.append(name)
         else:
             if not path.is_file():

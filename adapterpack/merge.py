@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,17 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapterpack import base_files, containers, exactness, hub, lineage, merged_model, methods, plan
+from adapterpack import base_files, containers, hub, lineage, merged_model, methods, plan
 from adapterpack import layout as layouts
 from adapterpack.adapter import Adapter, Method, Progress
-from adapterpack.backend import Backend, NumpyBackend, TorchBackend
+from adapterpack.arithmetic import Arithmetic, Disproved
+from adapterpack.backend import Backend
 from adapterpack.base import CONFIG, Base
 from adapterpack.errors import AdapterpackError, NothingChanged, UsageError, WriteFailed
 from adapterpack.io import atomic
 from adapterpack.io.files import WholeFile
 from adapterpack.io.resumable import Part, resumable_directory
-from adapterpack.layout import Layout
-from adapterpack.shards import Shard, peak_memory, write_shards
+from adapterpack.layout import Layout, Shard, peak_memory
+from adapterpack.shards import write_shards
 from adapterpack.tensor import digest as sha256
 from adapterpack.version import __version__
 
@@ -79,6 +78,7 @@ class Options:
     device: str
     jobs: int
     digest: bool
+    requantize: bool
 
     def check(self, adapters: int) -> None:
         """Raise UsageError for what makes no sense."""
@@ -107,6 +107,7 @@ def merge(
     device: str = "auto",
     jobs: int | None = None,
     digest: bool = False,
+    requantize: bool = False,
     subfolder: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
@@ -128,6 +129,7 @@ def merge(
             tensor; `off` none.
         device: Where the maths runs; `auto` is the CPU, whose bits are PEFT's there.
         jobs: Workers; None: one for each core, four at most.
+        requantize: Write an FP8 base as FP8 again, instead of as the 16-bit model that it stands for.
         digest: Put the SHA-256 of every file that was read or written into the lineage.
         dry_run: Plan only; nothing is written.
 
@@ -139,7 +141,7 @@ def merge(
     """
     sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     factors = tuple(weights) if weights is not None else (1.0,) * len(sources)
-    options = Options(factors, rounding, verify, device, _cores() if jobs is None else jobs, digest)
+    options = Options(factors, rounding, verify, device, _cores() if jobs is None else jobs, digest, requantize)
     options.check(len(sources))
     base_path, target = hub.resolve_base(str(into)), Path(output).expanduser()
     protected = (base_path, *(Path(s).expanduser() for s in sources))
@@ -150,22 +152,23 @@ def merge(
         for source in sources:
             checkpoint = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
             parsed.append(methods.parse(stack.enter_context(checkpoint)))
-        job = _Job(
-            base, parsed, plan.make(parsed, base, weights=factors), options, str(into), tuple(map(str, sources))
-        )
+        if requantize and base.scheme is None:
+            raise UsageError(f"--requantize: {base_path} is not quantised")
+        p = plan.make(parsed, base, weights=factors)
+        arithmetic = Arithmetic(p, device, once=options.once)
+        job = _Job(base, parsed, p, options, arithmetic, str(into), tuple(map(str, sources)))
         if dry_run:
             return job.planned(target)
-        backend = job.backend(stack)
+        backend = job.arithmetic.start(stack)
         # Digests of the adapters are at hand by the time when the first shard is done.
         aside = stack.enter_context(ThreadPoolExecutor(1))
         work = aside.submit(lambda: job.work)
         with resumable_directory(target, work.result, overwrite=overwrite, protected=protected) as part:
             try:
                 result = job.run(part, backend, progress)
-            except _Disproved:
+            except Disproved:
                 part.clear()
-                job.proof = None
-                result = job.run(part, job.torch(stack), progress)
+                result = job.run(part, job.arithmetic.torch(stack), progress)
         return replace(result, output=str(target))
 
 
@@ -173,10 +176,6 @@ def _cores() -> int:
     """Processors that this process may use; no more than keep a disk busy, for each worker takes memory."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(found, 4)
-
-
-class _Disproved(Exception):
-    """numpy gives other bits than torch: what it computed must not stay."""
 
 
 @dataclass
@@ -187,74 +186,35 @@ class _Job:
     adapters: Sequence[tuple[Method, Adapter]]
     plan: plan.Plan
     options: Options
+    arithmetic: Arithmetic
     base_reference: str
     references: tuple[str, ...]
-    proof: exactness.Proof | None = None
 
     # -- what it will be -----------------------------------------------------------------------------------
 
     def planned(self, target: Path) -> Merge:
-        layout = layouts.make(self.base, self.plan, parted=False)
-        carried, left = base_files.others(self.base)
-        notes = self._name_notes()
+        layout = layouts.make(self.base, self.plan, parted=False, requantise=self.options.requantize)
+        carried, left = base_files.others(self.base, requantise=self.options.requantize)
+        notes = self._base_notes()
         if self.plan.head is not None:
             more = f"{self.plan.head.name} may part from {self.base.embedding}, which takes that many bytes again"
             notes.append(more)
         size = sum(s.size for s in layout.shards) + sum(f.nbytes for f in carried.values())
         size += len(self._lineage(layout, {}))
-        name = f"torch {self._device}" if self._numpy_will_do() is False else "numpy"
-        return self._result(target, layout, [s.name for s in layout.touched()], size, name, left, (), notes)
+        return self._result(
+            target, layout, [s.name for s in layout.touched()], size, self.arithmetic.name, left, (), notes
+        )
 
-    def _name_notes(self) -> list[str]:
-        return list(self.base.name_notes)
-
-    @property
-    def _device(self) -> str:
-        return "cpu" if self.options.device == "auto" else self.options.device
-
-    def _numpy_will_do(self) -> bool | None:
-        """Does numpy give the same bits here, or do bits not matter? None: it has not been tried yet."""
-        if self.plan.torch or self._device != "cpu":
-            return False
-        if self.options.once:
-            return True
-        known = exactness.numpy_known(self.plan.products())
-        # Where torch is at hand already there is nothing to gain by trying.
-        return False if known is None and "torch" in sys.modules else known
-
-    def backend(self, stack: ExitStack) -> Future[Backend]:
-        """numpy where it will do, or may: then a proof is begun; else torch, imported while other work goes on."""
-        will_do = self._numpy_will_do()
-        if will_do is False:
-            return self.torch(stack)
-        if will_do is None:
-            self.proof = exactness.Proof(self.plan.products())
-            stack.callback(self.proof.close)
-        ready: Future[Backend] = Future()
-        ready.set_result(NumpyBackend())
-        stack.enter_context(ready.result().one_thread())
-        return ready
-
-    def torch(self, stack: ExitStack) -> Future[Backend]:
-        ready: Future[Backend] = Future()
-
-        def load() -> None:
-            try:
-                xp = TorchBackend(self._device)
-                stack.enter_context(xp.one_thread())
-                ready.set_result(xp)
-            except BaseException as e:
-                ready.set_exception(e)
-
-        threading.Thread(target=load, daemon=True).start()
-        # Whatever happens meanwhile, what it sets is set back.
-        stack.callback(ready.exception)
-        return ready
-
-    def believe(self) -> None:
-        """Raise _Disproved if numpy has turned out to give other bits than torch."""
-        if self.proof is not None and not self.proof.succeeds():
-            raise _Disproved
+    def _base_notes(self) -> list[str]:
+        """What differs from what one would take for granted of a base."""
+        notes = list(self.base.name_notes)
+        scheme = self.base.scheme
+        if scheme is not None:
+            how = f"written in {scheme.dtype}, without its quantization_config"
+            if self.options.requantize:
+                how = "changed tensors are quantised again, all else stays as it is"
+            notes.append(f"the base is {scheme.name}: {how}")
+        return notes
 
     @cached_property
     def sources(self) -> tuple[lineage.Source, ...]:
@@ -270,7 +230,8 @@ class _Job:
             "adapterpack": __version__,
             "adapters": [[s.sha256, s.config_sha256, s.weight] for s in self.sources],
             "rounding": self.options.rounding,
-            "device": self._device,
+            "requantize": self.options.requantize,
+            "device": self.arithmetic.device,
             "base": str(self.base.path.resolve()),
             "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
             "stamps": self.base.stamps(),
@@ -284,14 +245,14 @@ class _Job:
         """Write everything into the part, and check it."""
         o = self.options
         may_part = self.plan.head is not None and layouts.parts(self.base, self.plan, backend.result(), once=o.once)
-        layout = layouts.make(self.base, self.plan, may_part)
-        carried, left = base_files.others(self.base)
+        layout = layouts.make(self.base, self.plan, may_part, requantise=o.requantize)
+        carried, left = base_files.others(self.base, requantise=self.options.requantize)
         reused = _reusable(part, layout)
         self._check_space(part.path, layout, carried, reused)
         changed = [name for entry in reused.values() for name in entry["changed"]]
 
         def finished(shard: Shard, names: list[str]) -> None:
-            self.believe()
+            self.arithmetic.believe()
             changed.extend(names)
             written = (part.path / shard.name).stat()
             facts = lineage.shard_facts(shard.header, shard.size)
@@ -300,8 +261,7 @@ class _Job:
         todo = [s for s in layout.shards if s.name not in reused]
         write_shards(part.path, todo, backend, jobs=o.jobs, once=o.once, finished=finished, progress=progress)
         written = {s.name for s in layout.shards}
-        if layout.parted is not None:
-            written |= layouts.untie(self.base, layout, part.path)
+        written |= layouts.write_documents(self.base, layout, part.path, requantise=o.requantize)
         base_files.carry(carried, part.path, skip=written)
         for _, adapter in self.adapters:
             adapter.source.still_same()
@@ -311,12 +271,15 @@ class _Job:
                 "the merge would change nothing: every touched weight stays what it is",
                 hint="is B all zero, or the change too small for the base's dtype? see adapterpack check",
             )
-        if o.verify != "off":
-            self._verify(part.path, backend.result(), changed)
+        error = None if o.verify == "off" else self._verify(part.path, backend.result(), changed)
         with atomic.create(part.path / lineage.NAME) as out:
             out.write(self._lineage(layout, self._digests(part.path, layout, carried)))
         size = sum(f.stat().st_size for f in part.path.rglob("*") if f.is_file())
-        notes = [*self._name_notes(), *self._told(layout, changed, reused)]
+        notes = [*self._base_notes(), *self._told(layout, changed, reused)]
+        if o.requantize and error is not None:
+            notes.append(
+                f"rounding to FP8 again costs {error:.1%} of the change (relative error of the tensors checked)"
+            )
         return self._result(part.path, layout, changed, size, backend.result().name, left, tuple(reused), notes)
 
     def _check_space(
@@ -330,16 +293,21 @@ class _Job:
                 hint="make room, or name an output on another disk",
             )
 
-    def _verify(self, stage: Path, xp: Backend, changed: Sequence[str]) -> None:
-        """Read merged tensors back and compare them with f64 arithmetic: another path than the one that made them."""
-        only = None if self.options.verify == "full" else _sample(changed)
+    def _verify(self, stage: Path, xp: Backend, changed: Sequence[str]) -> float:
+        """Read merged tensors back and compare them with f64 arithmetic: another path than the one that made them.
+
+        Returns:
+            The largest relative error of a tensor's change; the rounding of its dtype is a part of that.
+        """
+        only = None if self.options.verify == "full" else _sample([n for n in changed if n in self.plan.targets()])
         with Base(stage) as merged:
-            _, findings = merged_model.compare(self.plan, self.base, merged, xp, max_error=0.0, only=only)
+            errors, findings = merged_model.compare(self.plan, self.base, merged, xp, max_error=0.0, only=only)
         if findings:
             f = findings[0]
             raise AdapterpackError(
                 f"the merge did not verify: {f.key}: {f.message}", hint="nothing was written; please report this"
             )
+        return max((e.rel_error for e in errors), default=0.0)
 
     # -- telling of it -------------------------------------------------------------------------------------
 
@@ -347,8 +315,10 @@ class _Job:
         shards = {s.name: lineage.shard_facts(s.header, s.size) for s in layout.shards}
         base_shards = lineage.of_headers(self.base.shards)
         options: dict[str, Any] = {"rounding": self.options.rounding}
-        if self._device != "cpu":
-            options["device"] = self._device
+        if self.base.scheme is not None:
+            options |= {"base_is": self.base.scheme.name, "requantize": self.options.requantize}
+        if self.arithmetic.device != "cpu":
+            options["device"] = self.arithmetic.device
         made = lineage.Lineage(
             self.base_reference, lineage.commit_of(self.base.path), self.sources, options, shards, base_shards
         )

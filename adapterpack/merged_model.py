@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from adapterpack import exactness, plan
 from adapterpack.adapter import Block, Finding, ModuleError, Progress
@@ -41,10 +42,12 @@ def compare(
     Returns:
         Errors of the changed tensors, and findings.
     """
-    wanted = {name: (base.tensors[name], steps) for name, steps in p.steps.items()}
+    base.need_weights()
+    merged.need_weights()
+    wanted = {name: (name, steps) for name, steps in p.steps.items()}
     if p.head is not None:
         assert base.embedding is not None
-        wanted[p.head.name] = (base.tensors[base.embedding], p.head.steps)
+        wanted[p.head.name] = (base.embedding, p.head.steps)
     findings: list[Finding] = []
     errors: list[ModuleError] = []
     names = [n for n in dict.fromkeys([*base.tensors, *wanted, *merged.tensors]) if only is None or n in only]
@@ -63,7 +66,11 @@ def compare(
                 continue
             found = merged.tensors[merged.embedding or name]
         if name in wanted:
-            error, finding = _changed(name, *wanted[name], found, xp, max_error, None if only is None else only[name])
+            source, steps = wanted[name]
+            before = plan.LoadedSteps.read(base.tensors[source], steps, xp, base.origin(source))
+            rounding = _Rounding.of(before.tensor.dtype, found, base, merged, name)
+            picks = None if only is None else only[name]
+            error, finding = _changed(name, before, found, rounding, max_error, picks)
             errors += [error] if error else []
         else:
             finding = _untouched(name, base.tensors[name], found)
@@ -100,20 +107,48 @@ def _untouched(name: str, before: Tensor, after: Tensor) -> Finding | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Rounding:
+    """How coarse honest rounding may be.
+
+    Attributes:
+        unit: Half a unit in the last place, relative.
+        tiny: Half the smallest step, absolute.
+        base: Is W itself rounded on the way, from the values that a quantised base stands for?
+        coarse: Is it FP8? W lies on the grid then, so that small changes are lost one-sidedly.
+    """
+
+    unit: float
+    tiny: float
+    base: bool
+    coarse: bool
+
+    @classmethod
+    def of(cls, dtype: DType, tensor: Tensor, base: Base, merged: Base, name: str) -> _Rounding:
+        quantised = base.scheme is not None and name in base.scheme.consumed
+        if merged.scheme is None or name not in merged.scheme.consumed:
+            return cls(_UNIT[dtype.name], _TINY[dtype.name], quantised, False)
+        # 3 bits of mantissa; the smallest step is 2^-9 of a scale, and a scale at most twice amax / 448.
+        rows, width = plan.as_matrix(tensor.shape)
+        parts = (tensor.rows(*bounds).astype("float32") for bounds in exactness.cut(rows, width))
+        amax = max((float(abs(part).max()) for part in parts), default=0.0)
+        return cls(2.0**-4, amax * 2 / 448 * 2.0**-10, quantised, True)
+
+
 def _changed(
     name: str,
-    before: Tensor,
-    steps: tuple[plan.Step, ...],
+    loaded: plan.LoadedSteps,
     after: Tensor,
-    xp: Backend,
+    rounding: _Rounding,
     max_error: float,
     picks: Sequence[int] | None,
 ) -> tuple[ModuleError | None, Finding | None]:
+    before, xp = loaded.tensor, loaded.xp
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return None, _untouched(name, before, after)
-    loaded, theirs = plan.LoadedSteps.read(before, steps, xp), plan.LoadedSteps.read(after, (), xp)
-    sums = _Sums(xp, after.dtype)
-    blocks = plan.blocks(before, steps, xp)
+    theirs = plan.LoadedSteps.read(after, (), xp)
+    sums = _Sums(xp, rounding)
+    blocks = plan.blocks(before, [s for _, s in loaded.steps], xp)
     for n in range(len(blocks)) if picks is None else sorted({n % len(blocks) for n in picks}):
         for part in plan.parts(blocks[n], before.shape):
             sums.add(loaded, part, theirs.base(part))
@@ -128,9 +163,8 @@ def _changed(
 class _Sums:
     """Statistics of one tensor, gathered block by block in f64."""
 
-    def __init__(self, xp: Backend, dtype: DType) -> None:
-        self._xp = xp
-        self._unit, self._tiny = _UNIT[dtype.name], _TINY[dtype.name]
+    def __init__(self, xp: Backend, rounding: _Rounding) -> None:
+        self._xp, self._rounding = xp, rounding
         self.max_abs = 0.0
         self.nonfinite = False
         self._outside = self._count = 0
@@ -141,13 +175,15 @@ class _Sums:
         base = loaded.base(block)
         exact, rounded = loaded.exact(base, block)
         noise, ours = loaded.noise(base, block), loaded.changed(base, block)
+        if self._rounding.base:
+            rounded = rounded + abs(self._xp.f64(base))
         # A tensor that cannot be cut is summed up in parts all the same: each needs a dozen f64 copies.
         for first, last in exactness.cut(*plan.as_matrix(tuple(base.shape))):
             self._add(*(x[first:last] for x in (base, theirs, exact, rounded, noise, ours)))
 
     def _add(self, base: Array, theirs: Array, exact: Array, rounded: Array, noise: Array, ours: Array) -> None:
         f64 = self._xp.f64
-        allowed = rounded * (self._unit * 1.01) + f64(noise) + self._tiny
+        allowed = rounded * (self._rounding.unit * 1.01) + f64(noise) + self._rounding.tiny
         w, m, ours = f64(base), f64(theirs), f64(ours)
         delta, error = exact - w, abs(m - exact)
         self.nonfinite |= not self._xp.finite(m)
@@ -170,6 +206,8 @@ class _Sums:
 
     @property
     def wrong(self) -> bool:
+        if self._rounding.coarse:
+            return self._outside > 0
         leaning = abs(self._lean) > 6 * math.sqrt(self._lean2) + _BIAS * self._delta2
         return self._outside > 0 or leaning
 

@@ -19,9 +19,9 @@ from typing import TypeAlias
 from adapterpack import exactness, plan
 from adapterpack.adapter import Block, Progress
 from adapterpack.backend import Backend
-from adapterpack.errors import InvalidFile
 from adapterpack.io.files import FileSpan, write
-from adapterpack.tensor import Source, Tensor, chunks, nonfinite
+from adapterpack.layout import Segment, Shard, not_finite
+from adapterpack.tensor import Source, chunks, nonfinite
 
 _RUN = 16 << 20
 """Bytes of one piece of computing: enough blocks to be worth a turn, few enough to share a tensor among workers."""
@@ -29,66 +29,10 @@ _SPAN = 64 << 20
 """Bytes of one piece of copying: so often is progress told."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One tensor of a shard that is to be written.
-
-    Attributes:
-        name: On disk.
-        tensor: As the base has it.
-        steps: Its changes; none: its bytes are copied.
-        at: Where it begins in the new file.
-    """
-
-    name: str
-    tensor: Tensor
-    steps: tuple[plan.Step, ...]
-    at: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file that is to be written: header, then segments without gaps.
-
-    Attributes:
-        name: Of the file.
-        header: The 8 length bytes and the JSON.
-    """
-
-    name: str
-    header: bytes
-    segments: tuple[Segment, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.header) + sum(s.tensor.nbytes for s in self.segments)
-
-
 _FINISHERS = 8
 
 Finished = Callable[[Shard, list[str]], None]
 """What to do once a shard is durable; it is told which tensors really changed."""
-
-
-_PROCESS = {False: 60 << 20, True: 250 << 20}
-"""Bytes of an interpreter with numpy, and with torch."""
-_PER_ELEMENT = 48
-"""Bytes for each element of a block, at the worst: a handful of f64 and f32 copies while it is checked."""
-
-
-def peak_memory(touched: Sequence[Segment], jobs: int, *, torch: bool) -> int:
-    """About how much memory a merge takes at its peak, in bytes.
-
-    What can be cut takes some blocks for each worker, however large the model. A tensor that takes all of
-    itself to compute (DoRA on Conv1D and embeddings) is held as a whole, 12 times as f32, one at a time.
-    """
-    blocks, whole, factors = exactness.BLOCK * jobs, 0, 0
-    for segment in touched:
-        if any(s.change.whole(s.kind) for s in segment.steps):
-            whole = max(whole, segment.tensor.numel)
-        sizes = [(p.out + p.into) * p.rank for s in segment.steps for p in s.change.products(s.kind)]
-        factors = max(factors, sum(sizes) * 12)
-    return _PROCESS[torch] + (blocks + whole) * _PER_ELEMENT + factors * jobs
 
 
 def write_shards(
@@ -239,7 +183,7 @@ class _Output:
         finished(self.shard, [s.name for s in self.shard.segments if s.name in self._changed])
 
 
-_Work: TypeAlias = "_Copy | _Compute"
+_Work: TypeAlias = "_Copy | _Compute | _Encode"
 
 
 class _Queue:
@@ -250,11 +194,11 @@ class _Queue:
         self._copies = deque(w for o in outputs for w in _copies(o))
         self._backend = backend
         self._computations = self._all_computations(outputs, once)
-        self._next: _Compute | None = None
+        self._next: _Compute | _Encode | None = None
         self._lock = threading.Lock()
         self._stopped = False
 
-    def _all_computations(self, outputs: list[_Output], once: bool) -> Iterator[_Compute]:
+    def _all_computations(self, outputs: list[_Output], once: bool) -> Iterator[_Compute | _Encode]:
         for output in outputs:
             yield from _computations(output, self._backend.result(), once)
 
@@ -303,7 +247,7 @@ def _copies(output: _Output) -> Iterator[_Copy]:
     """The untouched segments; neighbours in one file are one span."""
     span: tuple[Source, int] | None = None
     for segment in output.shard.segments:
-        if segment.steps or not segment.tensor.nbytes:
+        if segment.touched or not segment.tensor.nbytes:
             continue
         here = segment.tensor.source, segment.at
         joined = None if span is None else _joined(span, here)
@@ -340,7 +284,8 @@ class _Reading:
     def loaded(self) -> plan.LoadedSteps:
         with self._lock:
             if self._loaded is None:
-                self._loaded = plan.LoadedSteps.read(self.segment.tensor, self.segment.steps, self._xp)
+                s = self.segment
+                self._loaded = plan.LoadedSteps.read(s.tensor, s.steps, self._xp, s.origin)
             return self._loaded
 
 
@@ -368,19 +313,38 @@ class _Compute:
         before = loaded.base(block)
         after = xp.buffer(loaded.changed(before, block, once=self.reading.once))
         if nonfinite(after, segment.tensor.dtype):
-            raise InvalidFile(
-                f"merging {segment.steps[0].change.module} gives values that are NaN, infinite or too large for"
-                f" {segment.tensor.dtype}",
-                hint="adapterpack check names the broken tensors",
-            )
-        if not self.output.is_changed(segment.name) and not (after == xp.buffer(before)).all():
-            self.output.changed(segment.name)
+            raise not_finite(segment.steps, segment.tensor)
+        if not self.output.is_changed(segment.name):
+            old = xp.buffer(xp.round(before, segment.tensor.dtype))
+            if not (after == old).all():
+                self.output.changed(segment.name)
         row = segment.tensor.nbytes // plan.as_matrix(segment.tensor.shape)[0]
         self.output.put(after, segment.at + block.rows.start * row, after.nbytes)
 
 
-def _computations(output: _Output, xp: Backend, once: bool) -> Iterator[_Compute]:
+@dataclass(frozen=True)
+class _Encode:
+    """A stored tensor of a changed tensor that is quantised again."""
+
+    output: _Output
+    segment: Segment
+    xp: Backend
+    once: bool
+
+    def run(self) -> None:
+        assert self.segment.encoding is not None
+        with _one_whole:
+            data = self.segment.encoding.take(self.segment.name, self.xp, self.once)
+        if data.tobytes() != self.segment.tensor.bytes():
+            self.output.changed(self.segment.name)
+        self.output.put(data, self.segment.at, data.nbytes)
+
+
+def _computations(output: _Output, xp: Backend, once: bool) -> Iterator[_Compute | _Encode]:
     for segment in output.shard.segments:
+        if segment.encoding is not None:
+            yield _Encode(output, segment, xp, once)
+            continue
         if not segment.steps or not segment.tensor.nbytes:
             continue
         blocks = plan.blocks(segment.tensor, segment.steps, xp, once=once)

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "limits", "version"},
     {"io", "tensor"},
-    {"adapter", "checkpoint", "recipes", "architectures", "names"},
+    {"adapter", "checkpoint", "recipes", "architectures", "experts", "names"},
     {"backend", "exactness"},
     {"methods", "containers"},
     {
@@ -28,8 +28,7 @@ LAYERS = [
         "casting",
         "card",
         "merged_model",
-        "shards",
-        "base_files",
+        "arithmetic", "shards", "base_files",
         "layout",
         "lineage",
     },

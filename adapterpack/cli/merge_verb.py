@@ -32,6 +32,7 @@ from adapterpack.merge import Merge, merge
 )
 @out.device_option
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Workers; else one a core, four at most.")
+@click.option("--requantize", is_flag=True, help="Write an FP8 base as FP8 again, not in 16 bits.")
 @click.option("--digest", is_flag=True, help="Record the SHA-256 of every file read and written in the lineage.")
 @out.source_options
 @out.overwrite_option
@@ -46,6 +47,7 @@ def command(
     verify: str,
     device: str,
     jobs: int | None,
+    requantize: bool,
     digest: bool,
     subfolder: str | None,
     allow_pickle: bool,
@@ -70,6 +72,7 @@ def command(
             verify=verify,
             device=device,
             jobs=jobs,
+            requantize=requantize,
             digest=digest,
             subfolder=subfolder,
             allow_pickle=allow_pickle,

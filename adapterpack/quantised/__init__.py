@@ -95,6 +95,12 @@ class Scheme:
             plain[key] = next(said for said, dtype in _DTYPES.items() if dtype == self.dtype)
         return plain
 
+    def need_encoder(self, name: str) -> None:
+        """Raise Unsupported if a tensor cannot be quantised again."""
+        packed = self._packed[name]
+        if not isinstance(packed, fp8.Blocks):
+            raise Unsupported(f"{name} cannot be written as {packed.kind} again", hint="write the result in 16 bits")
+
     def requantise(self, name: str, values: Array) -> dict[str, Array]:
         """New stored tensors for new values of one tensor, FP8 alone.
 
@@ -109,9 +115,9 @@ class Scheme:
         Raises:
             Unsupported: the scheme is not FP8, or a new value is not finite.
         """
+        self.need_encoder(name)
         packed = self._packed[name]
-        if not isinstance(packed, fp8.Blocks):
-            raise Unsupported(f"{name} cannot be written as {packed.kind} again", hint="write the result in 16 bits")
+        assert isinstance(packed, fp8.Blocks)
         if values.shape != packed.shape or values.dtype.name != "float32":
             raise ValueError(f"{values.dtype} {values.shape}; float32 {packed.shape} is wanted")
         return packed.requantise(values)
