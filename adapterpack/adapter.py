@@ -17,6 +17,7 @@ from adapterpack.tensor import DType, Shape, Tensor
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
+    from adapterpack.experts import Inside
     from adapterpack.methods._keys import KeyTable
     from adapterpack.recipes import Recipe
 
@@ -104,7 +105,11 @@ class Shapes(Protocol):
     def has(self, tensor: str) -> bool: ...
 
     def conv1d(self, module: str) -> bool | None:
-        """Is the module a GPT-2 Conv1D? None if the base's config does not tell."""
+        """Do its weights lie as (in, out), as GPT-2's Conv1D? None if the base's config does not tell."""
+        ...
+
+    def inside(self, tensor: str) -> Inside | None:
+        """Where the weight of one expert's layer lies in a fused tensor; None: it does not."""
         ...
 
     @property
@@ -144,6 +149,8 @@ class Adapter:
         config: adapter_config.json.
         modules: Module path in the base model to its parameters, under the papers' names.
         shared: Parameters that all modules use: vector bank, projections.
+        parameters: Modules that wrap a bare parameter (LoRA's `target_parameters`) to the base tensors that each
+            may belong to: the file does not always say which.
         replaced: Base tensor name to its new values: modules_to_save, biases, token rows, saved embeddings.
         extra: Keys that no rule knows: kept, never applied.
         source: The checkpoint it was parsed from: files to carry, metadata.
@@ -160,6 +167,7 @@ class Adapter:
     source: Checkpoint
     metadata: Mapping[str, str] = field(default_factory=dict)
     changed: bool = False
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def params(self) -> Iterator[Param]:
         """Every tensor that takes part, modules first."""
@@ -172,7 +180,8 @@ class Adapter:
 
     def targets(self) -> list[str]:
         """The base tensors that it names: the weight of each module, and what is replaced."""
-        return [*(f"{m}.weight" for m in self.modules), *self.replaced]
+        weights = (t for m in self.modules for t in self.parameters.get(m, (f"{m}.weight",)))
+        return list(dict.fromkeys((*weights, *self.replaced)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by key, `extra` too."""
@@ -187,6 +196,7 @@ class Product:
         out, rank, into: (out, r) by (r, in).
         columns: Is it cut into columns?
         norms: Are norms of its rows computed too?
+        batched: Is it one of a batch of products, as those of experts are?
     """
 
     out: int
@@ -194,6 +204,7 @@ class Product:
     into: int
     columns: bool
     norms: bool = False
+    batched: bool = False
 
 
 @dataclass(frozen=True)

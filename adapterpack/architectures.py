@@ -23,10 +23,16 @@ EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_em
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 
 
+EXPERTS_TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
+"""Model types whose experts lie as (experts, in, out) and say so (`is_transposed`): PEFT asks for that alone."""
+
+
 def is_conv1d(config: Config, module: str) -> bool | None:
-    """Is the module a Conv1D? None if there is no config to ask."""
+    """Do the module's weights lie as (in, out)? None if there is no config to ask."""
     if not config:
         return None
+    if module.rpartition(".")[2] == "experts":
+        return str(config.get("model_type")) in EXPERTS_TRANSPOSED
     return str(config.get("model_type")) in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D_NAMES
 
 

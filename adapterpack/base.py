@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from adapterpack import architectures, limits, names, quantised
+from adapterpack import architectures, experts, limits, names, quantised
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
@@ -60,6 +60,8 @@ class Base:
         self._files: list[OpenFile] = []
         self._disk = names.Disk(self.tensors)
         self._names = names.Names(self._disk)
+        self._experts = experts.Experts(self.tensors)
+        self._lie_apart = 0
         try:
             for name in self._shard_names(weights):
                 self._open_shard(name)
@@ -182,6 +184,7 @@ class Base:
             return []
         wanted = list(targets)
         self._names = self._disk.find(wanted)
+        self._lie_apart = sum(self.apart(t) is not None for t in wanted)
         return [t for t in wanted if not self.has(t)]
 
     def require(self, targets: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -205,12 +208,19 @@ class Base:
 
     def on_disk(self, target: str) -> str | None:
         """The name on disk of a tensor that the adapter calls `target`; None if it is not there."""
-        return self._names.on_disk(target)
+        return self._names.on_disk(target) or self._experts.renamed(target)
+
+    def apart(self, target: str) -> experts.Apart | None:
+        """How a parameter that is fused in the model lies apart on disk; None if it does not."""
+        return None if self.on_disk(target) else self._experts.apart(target)
 
     @property
     def name_notes(self) -> list[str]:
         """How the names on disk differ from the adapter's, one line for each rule."""
-        return self._names.notes
+        notes = self._names.notes
+        if self._lie_apart:
+            notes = [*notes, f"{self._lie_apart} parameters of experts are fused in the model and lie apart on disk"]
+        return notes
 
     # -- tied embeddings ---------------------------------------------------------------------------------
 
@@ -276,7 +286,9 @@ class Base:
     def has(self, tensor: str) -> bool:
         if not self.tensors:
             return True
-        return self.on_disk(tensor) is not None or self._tied_head(tensor) is not None
+        if self.on_disk(tensor) is not None or self._tied_head(tensor) is not None:
+            return True
+        return self.apart(tensor) is not None or self.inside(tensor) is not None
 
     def tensor(self, target: str) -> Tensor:
         """The base tensor that the adapter calls `target`; a tied head is the embedding.
@@ -296,7 +308,11 @@ class Base:
     def shape(self, tensor: str) -> Shape:
         if not self.tensors:
             return architectures.linear_shape(self.config, tensor.removesuffix(".weight"))
-        return self.tensor(tensor).shape
+        apart = self.apart(tensor)
+        return self.tensor(tensor).shape if apart is None else apart.shape
+
+    def inside(self, tensor: str) -> experts.Inside | None:
+        return None if not self.tensors or self.on_disk(tensor) else self._experts.inside(tensor)
 
     def conv1d(self, module: str) -> bool | None:
         return architectures.is_conv1d(self.config, module)

@@ -153,8 +153,8 @@ def _base_findings(method: Method, a: Adapter, model: Base) -> Iterator[Finding]
     try:
         for change in method.changes(a, Request(xp=None, shapes=model)):  # type: ignore[arg-type]
             try:
-                change.place(model.tensor(change.target).shape, model.conv1d(change.module))
+                change.place(model.shape(change.target), model.conv1d(change.module))
             except WrongBase as e:
                 yield Finding("shape-not-in-base", change.target, e.message, fix)
-    except (InvalidFile, WrongBase) as e:
+    except (InvalidFile, Unsupported, WrongBase) as e:
         yield Finding("malformed", a.source.name, e.message, e.hint)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from adapterpack.adapter import Product
 
 if TYPE_CHECKING:
-    from adapterpack.backend import Backend
+    from adapterpack.backend import Array, Backend
 
 BLOCK = 1 << 18
 """Elements of a block: 1 MiB of f32, so that a few of them stay in the cache of one core."""
@@ -38,9 +38,13 @@ _PROBE = 1 << 21
 _FORMAT = 1
 
 
-def cut(rows: int, width: int) -> list[tuple[int, int]]:
-    """Where a matrix is cut into blocks of rows: all of one height, or one row more."""
-    per = max(_MIN_ROWS, BLOCK // max(width, 1))
+def cut(rows: int, width: int, block: int | None = None) -> list[tuple[int, int]]:
+    """Where a matrix is cut into blocks of rows: all of one height, or one row more.
+
+    Args:
+        block: Elements of a block at most, if a block of few rows is not larger; None: `BLOCK`.
+    """
+    per = max(_MIN_ROWS, (block or BLOCK) // max(width, 1))
     count = max(1, -(-rows // per))
     return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
@@ -57,6 +61,11 @@ def splits(xp: Backend, product: Product) -> bool:
 
 
 _tried: dict[Product, bool] = {}
+
+
+def multiply(xp: Backend, b: Array, a: Array, *, batched: bool) -> Array:
+    """b @ a, in PEFT's order of sums: one of a batch goes another way where the matrices are tiny."""
+    return xp.torch.bmm(b[None], a[None])[0] if batched and xp.name != "numpy" else b @ a
 
 
 def _trial(product: Product) -> tuple[Any, Any, list[tuple[int, int]]]:
@@ -89,7 +98,7 @@ def _agree(
     """Are the blocks that `cutter` computes the very bits of the whole product of `whole`?"""
     import numpy as np
 
-    full = factors[0] @ factors[1]
+    full = multiply(whole, *factors, batched=product.batched)
     b, a = others
     for start, stop in bounds:
         if product.columns:
@@ -174,7 +183,7 @@ def try_all(questions: TextIO, answers: TextIO) -> None:
 
 
 def _name(p: Product) -> str:
-    return f"{p.out}x{p.rank}x{p.into}{'c' if p.columns else 'r'}{'n' if p.norms else ''}"
+    return f"{p.out}x{p.rank}x{p.into}{'c' if p.columns else 'r'}{'n' if p.norms else ''}{'b' if p.batched else ''}"
 
 
 def _path() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from adapterpack.base import Base
 from adapterpack.errors import LossRefused, Unsupported
 from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
 from adapterpack.methods._convolution import ConvolutionChange
+from adapterpack.methods._parameters import ParameterChange
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
 _SHOWN = 5
@@ -20,14 +22,24 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Step:
-    """One change of one base tensor, and how that tensor lies."""
+    """One change of one base tensor, and how that tensor lies.
+
+    Attributes:
+        region: The rows that it is about, of one expert; None for all.
+    """
 
     change: Change
     kind: Kind
+    region: slice | None = None
+
+    def covers(self, block: Block) -> bool:
+        """Is the block in its region? (No block crosses the border of one.)"""
+        return self.region is None or self.region.start <= block.rows.start < self.region.stop
 
     def block(self, block: Block) -> Block:
-        """A block of the tensor, as this change sees the tensor."""
-        return replace(block, kind=self.kind)
+        """A block of the tensor, as this change sees it."""
+        at = 0 if self.region is None else self.region.start
+        return replace(block, kind=self.kind, rows=slice(block.rows.start - at, block.rows.stop - at))
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,10 @@ class Plan:
     steps: Mapping[str, tuple[Step, ...]]
     head: Head | None
     modules: int
+
+    def targets(self) -> set[str]:
+        """Names on disk of all tensors that may change."""
+        return {*self.steps, *([] if self.head is None else [self.head.name])}
 
     def all_steps(self) -> Iterator[Step]:
         for steps in self.steps.values():
@@ -103,22 +119,45 @@ def make(
         for change in method.changes(adapter, Request(NumpyBackend(), shapes=base)):
             used |= change.uses
             scaled = change if weight == 1.0 else _scaled(change, weight)
-            tensor = base.tensor(change.target)
-            if tensor.dtype not in (F32, BF16, F16):
-                raise Unsupported(
-                    f"{change.target} of the base is {tensor.dtype}, which nothing can be added to",
-                    hint="merge into the original 16-bit model",
-                )
-            kind = change.place(tensor.shape, base.conv1d(change.module))
-            steps.setdefault(_disk_name(change.target, base), []).append(Step(scaled, kind))
+            for name, step in steps_of(scaled, base):
+                steps.setdefault(name, []).append(step)
             modules.add(change.module)
         _refuse_unused(adapter, used)
     one = any(a.config.get("ensure_weight_tying") is True for _, a in adapters)
     return _part_tied({name: tuple(s) for name, s in steps.items()}, base, len(modules), one)
 
 
-def _disk_name(target: str, base: Base) -> str:
-    return base.on_disk(target) or base.head
+def steps_of(change: Change, base: Base) -> Iterator[tuple[str, Step]]:
+    """The tensors on disk that a change is about, and its part in each: several where experts lie apart.
+
+    Raises:
+        WrongBase: the shapes are others.
+        Unsupported: a dtype that nothing can be added to.
+    """
+    apart = base.apart(change.target) if isinstance(change, ParameterChange) else None
+    if apart is not None and isinstance(change, ParameterChange):
+        change.place(apart.shape, False)
+        for piece in apart.pieces:
+            _refuse_dtype(piece.name, base.tensors[piece.name])
+            yield piece.name, Step(change.part(piece.expert, piece.rows), Kind.LINEAR)
+        return
+    tensor, name = base.tensor(change.target), base.on_disk(change.target) or base.head
+    _refuse_dtype(change.target, tensor)
+    kind = change.place(tensor.shape, base.conv1d(change.module))
+    if not isinstance(change, ParameterChange):
+        yield name, Step(change, kind)
+        return
+    height = as_matrix(tensor.shape)[0] // change.stack.experts
+    for expert in range(change.stack.experts):
+        yield name, Step(change.part(expert), kind, slice(expert * height, (expert + 1) * height))
+
+
+def _refuse_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (F32, BF16, F16):
+        raise Unsupported(
+            f"{name} of the base is {tensor.dtype}: a quantised base cannot be merged into yet",
+            hint="merge into the original 16-bit model",
+        )
 
 
 def _refuse_unused(adapter: Adapter, used: set[str]) -> None:
@@ -132,7 +171,7 @@ def _refuse_unused(adapter: Adapter, used: set[str]) -> None:
 
 
 def _scaled(change: Change, weight: float) -> Change:
-    if isinstance(change, LowRankChange | VectorChange) or (
+    if isinstance(change, LowRankChange | VectorChange | ParameterChange) or (
         isinstance(change, ConvolutionChange) and change.effect is Effect.ADD
     ):
         return replace(change, scale=change.scale * weight)
@@ -170,10 +209,18 @@ def blocks(tensor: Tensor, steps: Sequence[Step], xp: Backend, *, once: bool = F
     """
     rows, width = as_matrix(tensor.shape)
     whole = any(s.change.whole(s.kind) for s in steps)
-    if not once and not whole:
-        whole = not all(exactness.splits(xp, p) for s in steps for p in s.change.products(s.kind))
-    bounds = [(0, rows)] if whole else exactness.cut(rows, width)
+    cuts = once or all(exactness.splits(xp, p) for p in {p for s in steps for p in s.change.products(s.kind)})
+    bounds: list[tuple[int, int]] = []
+    for start, stop in [(0, rows)] if whole else _regions(rows, steps):
+        inner = exactness.cut(stop - start, width, xp.block) if cuts and not whole else [(0, stop - start)]
+        bounds += [(start + a, start + b) for a, b in inner]
     return [Block(Kind.OTHER, slice(*b), b == (0, rows), tensor.dtype) for b in bounds]
+
+
+def _regions(rows: int, steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """Between the borders of all regions."""
+    borders = {0, rows, *(b for s in steps if s.region is not None for b in (s.region.start, s.region.stop))}
+    return list(itertools.pairwise(sorted(borders)))
 
 
 _PART = 1 << 15
@@ -213,10 +260,11 @@ class LoadedSteps:
     origin: Tensor
 
     @classmethod
-    def read(
-        cls, tensor: Tensor, steps: Sequence[Step], xp: Backend, origin: Tensor | None = None
-    ) -> LoadedSteps:
+    def read(cls, tensor: Tensor, steps: Sequence[Step], xp: Backend, origin: Tensor | None = None) -> LoadedSteps:
         return cls(tensor, tuple((s.change.load(xp), s) for s in steps), xp, origin or tensor)
+
+    def _at(self, block: Block) -> Iterator[tuple[Loaded, Step]]:
+        return (s for s in self.steps if s[1].covers(block))
 
     def base(self, block: Block) -> Array:
         """A block of the tensor as the base has it, in the dtype of its origin."""
@@ -237,15 +285,28 @@ class LoadedSteps:
         xp, dtype = self.xp, self.tensor.dtype
         if once:
             w = xp.f64(w)
-            for change, step in self.steps:
+            for change, step in self._at(block):
                 w = change.exact(w, step.block(block))
             return xp.round(w, dtype)
         # A quantised base is dequantised to 16 bits before it is merged into.
         w = xp.round(w, dtype)
         # PEFT rounds after each change, for each is stored before the next one comes.
-        for change, step in self.steps:
+        for change, step in self._at(block):
             w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)
         return w
+
+    def values(self, w: Array, block: Block, *, once: bool = False) -> Array:
+        """A block with its changes in f32, for those who round it themselves."""
+        xp = self.xp
+        if once:
+            w = xp.f64(w)
+            for change, step in self._at(block):
+                w = change.exact(w, step.block(block))
+        else:
+            w = xp.f32(w)
+            for change, step in self._at(block):
+                w = change.apply(w, step.block(block))
+        return xp.f32(w)
 
     def exact(self, w: Array, block: Block) -> tuple[Array, Array]:
         """The changed block in f64, and the sum of the magnitudes that an honest merge rounds on the way.
@@ -254,7 +315,7 @@ class LoadedSteps:
         """
         w = self.xp.f64(w)
         rounded = w * 0
-        for change, step in self.steps:
+        for change, step in self._at(block):
             changed = change.exact(w, step.block(block))
             rounded = rounded + abs(changed)
             if step.change.effect is not Effect.REPLACE:
@@ -265,4 +326,4 @@ class LoadedSteps:
     def noise(self, w: Array, block: Block) -> Array:
         """How far f32 arithmetic may stray from `exact`, element by element, f32."""
         w = self.xp.f32(w)
-        return sum((change.noise(w, step.block(block)) for change, step in self.steps), start=w * 0)
+        return sum((change.noise(w, step.block(block)) for change, step in self._at(block)), start=w * 0)

@@ -19,6 +19,7 @@ from adapterpack.adapter import (
     Effect,
     Finding,
     Loaded,
+    LowRank,
     Method,
     ModuleError,
     Progress,
@@ -29,6 +30,7 @@ from adapterpack.base import CONFIG, INDEX, SINGLE, Base
 from adapterpack.errors import AdapterpackError, InvalidFile, UsageError
 from adapterpack.methods import _lowrank
 from adapterpack.methods._changes import ReplaceChange
+from adapterpack.methods._parameters import LoadedStack
 from adapterpack.tensor import DType, Shape
 
 if TYPE_CHECKING:
@@ -278,6 +280,9 @@ class _ShapesOf:
         # The changes of an adapter are logical, (out, in).
         return False
 
+    def inside(self, tensor: str) -> None:
+        return None
+
 
 def _grouped(method: Method, adapter: Adapter, request: Request) -> dict[str, list[Change]]:
     grouped: dict[str, list[Change]] = {}
@@ -317,13 +322,12 @@ class _Pair:
 
     def _additive(self, largest: bool) -> ModuleError:
         xs, ys = ([c.load(self.xp) for c in side] for side in (self.x, self.y))
-        low_x, low_y = xs[0].low_rank(), ys[0].low_rank()
         difference = reference = None
-        if len(xs) == len(ys) == 1 and low_x is not None and low_y is not None:
-            if _lowrank.same(self.xp, low_x, low_y):
+        if len(xs) == len(ys) == 1 and (pairs := _low_ranks(xs[0], ys[0])):
+            if all(_lowrank.same(self.xp, x, y) for x, y in pairs):
                 return ModuleError(self.target, 0.0, 0.0)
-            difference = _lowrank.distance(self.xp, low_x, low_y)
-            reference = _lowrank.norm(self.xp, low_x)
+            difference = math.hypot(*(_lowrank.distance(self.xp, x, y) for x, y in pairs))
+            reference = math.hypot(*(_lowrank.norm(self.xp, x) for x, _ in pairs))
             if not largest:
                 return ModuleError(self.target, math.nan, _ratio(difference, reference))
         squares_d = squares_r = max_abs = 0.0
@@ -360,8 +364,8 @@ class _Pair:
         tensor = model.tensor(self.target)
         sides = []
         for side in (self.x, self.y):
-            steps = [plan.Step(c, c.place(tensor.shape, model.conv1d(c.module))) for c in side]
-            sides.append(plan.LoadedSteps.read(tensor, steps, self.xp))
+            own = [step for c in side for _, step in plan.steps_of(c, model)]
+            sides.append(plan.LoadedSteps.read(tensor, own, self.xp))
         squares_d = squares_r = max_abs = 0.0
         steps = [s for loaded in sides for _, s in loaded.steps]
         for block in plan.blocks(tensor, steps, self.xp, once=True):
@@ -372,6 +376,15 @@ class _Pair:
             squares_d += float((d * d).sum())
             squares_r += float((reference * reference).sum())
         return ModuleError(self.target, max_abs, _ratio(math.sqrt(squares_d), math.sqrt(squares_r)))
+
+
+def _low_ranks(x: Loaded, y: Loaded) -> list[tuple[LowRank, LowRank]]:
+    """The factors of both, matrix by matrix; empty if one has none, or they are of other numbers."""
+    if isinstance(x, LoadedStack) and isinstance(y, LoadedStack):
+        same = x.stack.experts == y.stack.experts
+        return list(zip(x.low_ranks(), y.low_ranks(), strict=True)) if same else []
+    low_x, low_y = x.low_rank(), y.low_rank()
+    return [(low_x, low_y)] if low_x is not None and low_y is not None else []
 
 
 def _delta(changes: list[Loaded], rows: slice) -> Array:

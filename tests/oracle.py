@@ -134,6 +134,15 @@ def tiny_config(kind: str, tie: bool = False, bias: bool = False, **over: Any) -
     raise ValueError(f"no tiny model {kind!r}; one of {(*KINDS, *_OTHERS)}")
 
 
+_MIXTURE = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}
 _OTHERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     # Convolutions of two, one and three dimensions.
     "resnet": (
@@ -178,6 +187,50 @@ _OTHERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         ("ConvNext", "ConvNextModel"),
         {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
     ),
+    # Mixtures of experts: apart on disk with two families of names, fused, fused with inputs first, and undeclared so.
+    "mixtral": (("Mixtral", "MixtralForCausalLM"), {**_MIXTURE, "num_local_experts": 4}),
+    "qwen2_moe": (
+        ("Qwen2Moe", "Qwen2MoeForCausalLM"),
+        {
+            **_MIXTURE,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+        },
+    ),
+    "qwen3_moe": (
+        ("Qwen3Moe", "Qwen3MoeForCausalLM"),
+        {
+            **_MIXTURE,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+            "head_dim": 8,
+        },
+    ),
+    "gpt_oss": (
+        ("GptOss", "GptOssForCausalLM"),
+        {**_MIXTURE, "num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    ),
+    "llama4": (
+        ("Llama4Text", "Llama4ForCausalLM"),
+        {
+            **_MIXTURE,
+            "intermediate_size_mlp": 40,
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "num_experts_per_tok": 1,
+            "moe_layers": [0],
+            "layer_types": ["full_attention"] * 2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "granitemoe": (("GraniteMoe", "GraniteMoeForCausalLM"), {**_MIXTURE, "num_local_experts": 4}),
 }
 """Family and class in transformers, and the fields of a tiny one."""
 

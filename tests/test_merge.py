@@ -456,7 +456,6 @@ WRITTEN_BY_PEFT = {
     "bdlora": _bdlora,
     "alora": _variant(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
     "layer-replication": _variant(layer_replication=[[0, 2], [1, 2]]),
-    "target-parameters": _variant(target_modules=[], target_parameters=["mlp.up_proj.weight"]),
 }
 
 

@@ -401,7 +401,6 @@ def lora_cases() -> None:
         "velora_config": ({"num_groups": 2}, "VeLoRA"),
         "monteclora_config": ({"samples": 4}, "MonteCLoRA"),
         "layer_replication": ([[0, 1], [0, 1]], "layer replication"),
-        "target_parameters": (["mlp.experts.gate_up_proj"], "target_parameters"),
         "megatron_config": ({"tensor_model_parallel_size": 2}, "Megatron"),
     }
     for field, (value, message) in switches.items():
@@ -413,8 +412,18 @@ def lora_cases() -> None:
     refused("lora-xs-tensors", lora(arrays=mapping), "it is LoRA-XS")
     conv = {f"{PFX}conv.lora_A.weight": ramp(2, 4, 3, 3), f"{PFX}conv.lora_B.weight": ramp(4, 1, 1, 1)}
     refused("convolution-in-groups", lora({"target_modules": ["conv"]}, conv), "is a convolution with 2 groups")
-    experts = {k.replace(Q, "mlp.experts.base_layer"): v for k, v in lora_arrays().items()}
-    refused("wrapped-module", lora(arrays=experts), "wraps a wrapped module")
+    inner = {k.replace(Q, "mlp.experts.base_layer"): v for k, v in lora_arrays().items()}
+    outer = {k.replace(Q, "mlp.experts"): v for k, v in lora_arrays().items()}
+    bare = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    refused("wrapped-module", lora(arrays=inner), "wraps a wrapped module")
+    refused("wrapped-other-module", lora({"target_parameters": ["mlp.gate.weight"]}, inner), "does not name it")
+    refused("parameters-dora", lora({**bare, "use_dora": True}, {**inner, **outer}), "PEFT does not load that")
+    broken("parameters-string", lora({"target_parameters": "mlp.experts.down_proj"}), "no list of names")
+    uneven = {f"{PFX}mlp.experts.lora_A.weight": ramp(5, 8), f"{PFX}mlp.experts.lora_B.weight": ramp(8, 5)}
+    one = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    cases.both("parameters-rank", lora(one, uneven), "half-pair", "is not of rank 2 for each expert", **bf16)
+    twice = {**uneven, f"{PFX}mlp.experts.lora_B.bias": ramp(8)}
+    refused("parameters-bias", lora({**one, "r": 5}, twice), "more than A and B")
 
     # Pairs and ranks.
     cases.both("no-b", lora(arrays={a_key: ramp(2, 8)}), "half-pair", "lacks lora_B", **bf16)

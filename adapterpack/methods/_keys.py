@@ -57,8 +57,11 @@ class KeyTable:
         """Is `key` a spelling of this shared parameter?"""
         return self._shared.get(key) == name
 
-    def parse(self, c: Checkpoint, method: str, encoding: str) -> Adapter:
+    def parse(self, c: Checkpoint, method: str, encoding: str, *, nested: bool = False) -> Adapter:
         """Sort all tensors of a checkpoint by their keys.
+
+        Args:
+            nested: Does the method know what modules mean that wrap wrapped ones?
 
         Raises:
             InvalidFile: two keys stand for one parameter.
@@ -85,12 +88,9 @@ class KeyTable:
             if any(self.marker in key for key in c.tensors):
                 hint = f"its keys lack the prefix {PREFIX!r}: PEFT would not load them either"
             raise Unsupported(f"{c.name} holds no {method} parameters", hint=hint)
-        nested = next((m for m in modules if "base_layer" in m.split(".")), None)
-        if nested is not None:
-            raise Unsupported(
-                f"{nested} wraps a wrapped module (target_parameters or attention): not read yet",
-                hint="merge it with PEFT",
-            )
+        wrapped = next((m for m in modules if "base_layer" in m.split(".")), None)
+        if wrapped is not None and not nested:
+            raise Unsupported(f"{wrapped} wraps a wrapped module: not read yet", hint="merge it with PEFT")
         return Adapter(
             method=method,
             encoding=encoding,

@@ -61,8 +61,10 @@ class Module:
 
 
 def modules(a: Adapter) -> Iterator[Module]:
-    """Every adapted module. Raises InvalidFile for one that is adapted in two ways."""
+    """Every adapted module, but for those that wrap a parameter. Raises InvalidFile for one adapted in two ways."""
     for name, params in a.modules.items():
+        if name in a.parameters:
+            continue
         embedding = "lora_embedding_A" in params or "lora_embedding_B" in params
         if embedding and ("lora_A" in params or "lora_B" in params):
             raise InvalidFile(f"{name} is adapted as an embedding and as a linear layer")

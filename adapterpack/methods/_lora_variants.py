@@ -20,7 +20,6 @@ _VARIANTS = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
     "megatron_config": "Megatron LoRA",
 }
 _VARIANT_MARKS = {

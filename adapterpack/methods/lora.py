@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024).
 
-    delta W = s * B @ A,   s = alpha / r, or alpha / sqrt(r) with rsLoRA
+    delta W = s * B @ A,   s = alpha / r, or alpha / sqrt(r) with rsLoRA; of a convolution, and of each expert too
     DoRA:  W' = m / ||W + delta W||_row * (W + delta W)
 
 Reference: peft/tuners/lora/layer.py (`get_delta_weight`, `merge`) and variants.py (`merge_unsafe`).
@@ -27,7 +27,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported
-from adapterpack.methods import _lowrank
+from adapterpack.methods import _joined, _lowrank, _parameters
 from adapterpack.methods._changes import LowRankChange, VectorChange, replacements
 from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._dora import DoraChange
@@ -63,13 +63,20 @@ def parse(c: Checkpoint) -> Adapter:
         if "changes the base" in reason:
             hint = "save it again with PEFT's path_initial_model_for_weight_conversion; that is plain LoRA"
         raise Unsupported(f"{c.name} is not plain LoRA: {reason}", hint=hint)
-    return keys.parse(c, "lora", "lora")
+    a = keys.parse(c, "lora", "lora", nested=True)
+    return replace(a, parameters=_parameters.named(a.modules, a.config))
 
 
 def changes(a: Adapter, request: Request) -> Iterator[Change]:
     yield from replacements(a)
     scaling = Scaling(a.config)
+    yield from _parameters.changes(a, scaling, request.shapes)
+    joined = _joined.find(a, request.shapes)
+    yield from _joined.changes(joined, scaling, a.config)
+    apart = {m.name for layers in joined.values() for m in layers.values()}
     for m in modules(a):
+        if m.name in apart:
+            continue
         scale = scaling(m.name, m.rank)
         yield _weight(m, scale, a.config)
         if "lora_bias" in m.params:
@@ -127,7 +134,7 @@ def _vector(v: Tensor, xp: Backend) -> Array:
 
 
 def ranks(a: Adapter) -> Mapping[str, int]:
-    return {m.name: m.rank for m in modules(a)}
+    return {m.name: m.rank for m in modules(a)} | dict(_parameters.ranks(a))
 
 
 def recipes(a: Adapter) -> Iterator[Recipe]:
@@ -153,6 +160,7 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
                 f"the config says rank {said!r:.20}, the tensors have {rank}: PEFT refuses to load it",
                 f'put "{m.name}": {rank} first in rank_pattern',
             )
+    yield from _parameters.findings(a, shapes)
     if values and len(patterns) > 1:
         yield from _overlaps(a, "rank_pattern")
     yield from _overlaps(a, "alpha_pattern")
@@ -245,9 +253,9 @@ def from_factors(
 def truncated(a: Adapter, request: Request, max_error: float) -> Adapter | None:
     """Every module at the least rank that keeps its change within `max_error` (relative, Frobenius).
 
-    None for DoRA, whose change is no product, and where no rank can be lowered.
+    None for DoRA, whose change is no product, for bare parameters, and where no rank can be lowered.
     """
-    if flag(a.config, "use_dora"):
+    if flag(a.config, "use_dora") or a.parameters:
         return None
     params = {name: dict(p) for name, p in a.modules.items()}
     made: dict[str, tuple[int, float]] = {}
