@@ -45,9 +45,11 @@ class Backend(Protocol):
         name: `numpy`, `torch cpu`, `torch cuda:0`.
         torch: torch itself, for what only it can do: changes that say so never meet numpy.
         device: A torch device.
+        block: Elements that are best computed at a time; None: what fits the cache of a core.
     """
 
     name: str
+    block: int | None
 
     @property
     def torch(self) -> Any: ...
@@ -101,6 +103,7 @@ class NumpyBackend:
     """numpy on the CPU; bf16 and fp8 through ml_dtypes."""
 
     name = "numpy"
+    block: int | None = None
 
     @property
     def torch(self) -> Any:
@@ -179,6 +182,8 @@ class TorchBackend:
         except (RuntimeError, AssertionError) as e:
             raise UsageError(f"no device {device!r} here", hint="--device cpu always works") from e
         self.name = f"torch {self._device}"
+        # A device of its own wants much to do for each call: 64 MiB of f32.
+        self.block: int | None = None if self._device.type == "cpu" else 1 << 24
         with warnings.catch_warnings():
             # torch warns, once, of memory that may not be written to: nobody writes to what `array` gives.
             warnings.simplefilter("ignore")

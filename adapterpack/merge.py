@@ -18,7 +18,7 @@ from adapterpack import base_files, containers, hub, lineage, merged_model, meth
 from adapterpack import layout as layouts
 from adapterpack.adapter import Adapter, Method, Progress
 from adapterpack.arithmetic import Arithmetic, Disproved
-from adapterpack.backend import Backend
+from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, Base
 from adapterpack.errors import AdapterpackError, NothingChanged, UsageError, WriteFailed
 from adapterpack.io import atomic
@@ -88,6 +88,8 @@ class Options:
             raise UsageError(
                 f"rounding {self.rounding!r}, verify {self.verify!r}: peft or once, and sample, full or off"
             )
+        if self.once and self.device == "mps":
+            raise UsageError("--rounding once takes float64, which mps does not have", hint="--device cpu")
         if self.jobs < 1:
             raise UsageError(f"{self.jobs} jobs: at least one is needed")
 
@@ -299,6 +301,8 @@ class _Job:
         Returns:
             The largest relative error of a tensor's change; the rounding of its dtype is a part of that.
         """
+        # On the CPU, wherever the merge ran: not every device has f64, and it is another path.
+        xp = xp if xp.name in ("numpy", "torch cpu") else TorchBackend("cpu")
         only = None if self.options.verify == "full" else _sample([n for n in changed if n in self.plan.targets()])
         with Base(stage) as merged:
             errors, findings = merged_model.compare(self.plan, self.base, merged, xp, max_error=0.0, only=only)

@@ -29,7 +29,10 @@ _SPAN = 64 << 20
 """Bytes of one piece of copying: so often is progress told."""
 
 
+_TELL = 4 << 20
+"""Bytes from one word of progress to the next."""
 _FINISHERS = 8
+"""How many shards may wait for the disk, or to be reported, while others are written."""
 
 Finished = Callable[[Shard, list[str]], None]
 """What to do once a shard is durable; it is told which tensors really changed."""
@@ -113,13 +116,15 @@ class _Told:
     """Counts the bytes written and tells of them, whichever worker wrote them."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+        self._progress, self._total = progress, total
+        self._done = self._last = 0
         self._lock = threading.Lock()
 
     def more(self, n: int) -> None:
         with self._lock:
             self._done += n
-            if self._progress:
+            if self._progress and (self._done == self._total or self._done - self._last > _TELL):
+                self._last = self._done
                 self._progress("merge", self._done, self._total)
 
 

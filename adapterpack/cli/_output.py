@@ -112,15 +112,30 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import Progress as Bars
 
-    with Bars(console=Console(stderr=True), transient=True) as bars:
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.TextColumn("{task.fields[size]}"),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
+                tasks[what] = bars.add_task(what, total=total, size="")
+            bars.update(tasks[what], completed=done, total=total)
+            task = bars.tasks[tasks[what]]
+            if what in _BYTES:
+                speed = f", {size(int(task.speed)).partition(' (')[0]}/s" if task.speed else ""
+                bars.update(tasks[what], size=f"{done / 1e9:.2f} of {total / 1e9:.2f} GB{speed}")
 
         yield report
+
+
+_BYTES = {"merge"}
+"""Work that is counted in bytes."""
