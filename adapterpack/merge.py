@@ -412,7 +412,7 @@ def _sha256(path: Path) -> str:
 def _sample(changed: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """A few blocks over all changed tensors: a slip in offsets, order or scale shows in one of them."""
     names = sorted(changed)
-    spread = [names[i * len(names) // _SAMPLES] for i in range(_SAMPLES)]
+    spread = [names[i * len(names) // _SAMPLES] for i in range(_SAMPLES if names else 0)]
     chosen: dict[str, tuple[int, ...]] = {}
     for n, name in enumerate(spread):
         # Not always the same rows: first, last, and in between.

@@ -187,7 +187,7 @@ _OTHERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         ("ConvNext", "ConvNextModel"),
         {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
     ),
-    # Mixtures of experts: apart on disk with two families of names, fused, fused with inputs first, and undeclared so.
+    # Mixtures of experts: apart on disk with two families of names, fused, fused with inputs first, declared or not.
     "mixtral": (("Mixtral", "MixtralForCausalLM"), {**_MIXTURE, "num_local_experts": 4}),
     "qwen2_moe": (
         ("Qwen2Moe", "Qwen2MoeForCausalLM"),

@@ -27,6 +27,7 @@ def find(a: Adapter, shapes: Shapes | None) -> dict[str, Layers]:
 
     Raises:
         WrongBase: the adapter lacks some of its experts or parts.
+        Unsupported: the parameter is one of gpt-oss or its kin, which no adapter of single experts can be for.
     """
     found: defaultdict[str, Layers] = defaultdict(dict)
     if shapes is None:
@@ -38,6 +39,8 @@ def find(a: Adapter, shapes: Shapes | None) -> dict[str, Layers]:
     for target, layers in found.items():
         parts = parts_of(target.rpartition(".")[2])
         wanted = {(e, p) for e in range(shapes.shape(target)[0]) for p in range(parts)}
+        if shapes.conv1d(target.rpartition(".")[0]):
+            raise Unsupported(f"the gates of {target} lie among its other rows: experts cannot be joined to that")
         if layers.keys() != wanted:
             missing = sorted(wanted - layers.keys())
             raise WrongBase(

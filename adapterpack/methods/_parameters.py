@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterpack import exactness
+from adapterpack import exactness, limits
 from adapterpack.adapter import Adapter, Block, Effect, Finding, Kind, Loaded, LowRank, Param, Product, Shapes
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.experts import ORDER
@@ -141,7 +141,10 @@ def levels(a: Adapter, shapes: Shapes | None) -> Iterator[Level]:
         ordered = _assigned(module, [a.modules[n] for n in own], names, shapes) or ()
         for n, parameter in itertools.zip_longest(own, ordered):
             said = None if parameter is None else first_match(patterns, values, f"{module}.{parameter}")
-            yield Level(module, parameter, a.modules[n], default if said is None else int(said))
+            rank = default if said is None else said
+            if type(rank) is not int or not 0 < rank <= limits.LORA_RANK:
+                raise InvalidFile(f"rank_pattern gives {module}.{parameter} the rank {rank!r:.60}")
+            yield Level(module, parameter, a.modules[n], rank)
 
 
 def _assigned(
