@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from collections import Counter
 
@@ -62,6 +64,7 @@ def command(
     model. Every parameter of the adapter is used or the merge is refused. A run that was interrupted is taken
     up again by the same command. --dry-run prints the plan.
     """
+    _share_one_heap()
     with out.progress(quiet or as_json) as progress:
         result = merge(
             adapters,
@@ -86,6 +89,16 @@ def command(
         click.echo(result.output)
     else:
         _print(result, dry_run)
+
+
+def _share_one_heap() -> None:
+    """Let all threads allocate from one heap: a heap for each would keep 20 MB that nobody uses.
+
+    It is this process's own affair, so it stands here and not in the library.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc, malloc.h: M_ARENA_MAX.
+        ctypes.CDLL(None).mallopt(-8, 1)
 
 
 def _print(r: Merge, dry_run: bool) -> None:
