@@ -210,6 +210,8 @@ class _Job:
     def _base_notes(self) -> list[str]:
         """What differs from what one would take for granted of a base."""
         notes = list(self.base.name_notes)
+        if len(self.references) > 1:
+            notes.append(f"merged one after the other: {', '.join(self.references)}")
         scheme = self.base.scheme
         if scheme is not None:
             how = f"written in {scheme.dtype}, without its quantization_config"
