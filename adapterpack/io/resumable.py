@@ -38,7 +38,6 @@ class Part:
         self._journal, self._key = work / "journal", key
         self._lock = threading.Lock()
         self.done: list[dict[str, Any]] = self._resume()
-        self.kept = bool(self.done)
 
     def _resume(self) -> list[dict[str, Any]]:
         lines = _lines(self._journal)
@@ -53,7 +52,7 @@ class Part:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir()
-        self.done, self.kept = [], False
+        self.done = []
 
     def record(self, entry: dict[str, Any]) -> None:
         """Note that something is done and durable. Any thread may."""
@@ -65,7 +64,6 @@ class Part:
             journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             journal.flush()
             os.fsync(journal.fileno())
-            self.kept = True
 
 
 def _lines(journal: Path) -> list[dict[str, Any]]:
@@ -104,18 +102,26 @@ def resumable_directory(
     try:
         with atomic.explained(destination):
             part = Part(work, key)
-        try:
-            with atomic.explained(destination):
-                yield part
-            atomic.publish(part.path, destination, overwrite=overwrite, protected=protected)
-        except BaseException as e:
-            # Interrupted: somebody may want to go on. Anything else would only happen again.
-            if isinstance(e, Exception) or not part.kept:
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
+            yield part
+        atomic.publish(part.path, destination, overwrite=overwrite, protected=protected)
+    except BaseException as e:
+        # Interrupted: somebody may want to go on. Anything else would only happen again.
+        if isinstance(e, Exception) or not (work / "journal").exists():
+            _remove(work)
+        raise
+    else:
+        _remove(work)
     finally:
         os.close(lock)
+
+
+def _remove(work: Path) -> None:
+    """Remove a part, the lock last: whoever takes it next must not lose what it has begun to write."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(work / "model", ignore_errors=True)
+        (work / "journal").unlink(missing_ok=True)
+        (work / "lock").unlink(missing_ok=True)
+        work.rmdir()
 
 
 def _lock(work: Path, destination: Path) -> int:
@@ -126,6 +132,9 @@ def _lock(work: Path, destination: Path) -> int:
             fd = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue
+        except OSError:
+            _remove_empty(work)
+            raise
         if not _locked(fd):
             os.close(fd)
             raise WriteFailed(f"another process is writing {destination}", hint="wait for it, or name another output")
@@ -135,6 +144,12 @@ def _lock(work: Path, destination: Path) -> int:
                 os.utime(fd)
                 return fd
         os.close(fd)
+
+
+def _remove_empty(work: Path) -> None:
+    """A directory without a lock is nobody's: who has just made it will make it again."""
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def _locked(fd: int) -> bool:
@@ -152,12 +167,13 @@ def _locked(fd: int) -> bool:
 def _sweep(directory: Path) -> None:
     """Remove parts that nobody holds and nobody came back for."""
     for work in directory.glob(".adapterpack-part-*.tmp"):
+        _remove_empty(work)
         with contextlib.suppress(OSError):
             if time.time() - (work / "lock").stat().st_mtime < _STALE_SECONDS:
                 continue
             fd = os.open(work / "lock", os.O_RDWR | os.O_CLOEXEC)
             try:
                 if _locked(fd):
-                    shutil.rmtree(work, ignore_errors=True)
+                    _remove(work)
             finally:
                 os.close(fd)
