@@ -201,7 +201,9 @@ def test_a_run_that_was_asked_to_stop_keeps_what_it_has(
     done = _run(how, 2, place, tmp_path / "m", "--jobs", jobs)
     assert done.returncode == code and "Traceback" not in done.stderr
     # After ^C click ends the line that it stands on.
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: ") and hint.startswith("hint: ")
+    assert str(_part(tmp_path)) in hint, "where it waits is said"
     assert not (tmp_path / "m").exists()
     kept = _recorded(tmp_path)
     assert len(kept) >= 2
@@ -303,6 +305,18 @@ def _free_to_take(lock: Path) -> bool:
         except BlockingIOError:
             return False
         return True
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_where_the_file_system_knows_no_locks_a_merge_works_all_the_same(
+    number: int, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    adapterpack.merge(place.adapter, place.base, tmp_path / "m")
+    assert _same_as_clean(place, tmp_path / "m") and _names(tmp_path) == ["m"]
 
 
 # -- who may go on ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ is durable; the first line names the work, and other work starts clean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -108,6 +109,8 @@ def resumable_directory(
         # Interrupted: somebody may want to go on. Anything else would only happen again.
         if isinstance(e, Exception) or not (work / "journal").exists():
             _remove(work)
+        else:
+            e.add_note(f"what was finished waits in {work} for the same command to go on; or remove it")
         raise
     else:
         _remove(work)
@@ -141,7 +144,8 @@ def _lock(work: Path, destination: Path) -> int:
         # A run that has just ended may have removed the file that we waited for.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), (work / "lock").stat()):
-                os.utime(fd)
+                with contextlib.suppress(OSError):
+                    os.utime(fd)
                 return fd
         os.close(fd)
 
@@ -161,6 +165,10 @@ def _locked(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as e:
+        # File systems of clusters may know no locks: nobody is kept out then.
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
     return True
 
 
