@@ -158,32 +158,25 @@ def test_the_lineage_of_a_merged_base_is_told_and_not_carried(
         "reference": str(tmp_path / "one"),
         "commit": None,
         "shards": _all_facts(tmp_path / "one"),
-        "lineage": one,
     }
+    assert two["history"] == [one]
+    adapterpack.merge(adapter, tmp_path / "two", tmp_path / "three")
+    assert _said(tmp_path / "three")["history"] == [{k: v for k, v in two.items() if k != "history"}, one]
     assert two["adapters"] == [_source(other, other)]
     assert adapterpack.verify(other, tmp_path / "two").equal
     assert adapterpack.verify(adapter, tmp_path / "one").equal
 
 
-def _chain(record: dict[str, Any], length: int) -> dict[str, Any]:
-    for _ in range(length):
-        record = {**record, "base": {**record["base"], "lineage": record}}
-    return record
-
-
-@pytest.mark.parametrize(
-    "length",
-    [10, pytest.param(40, marks=pytest.mark.xfail(strict=True, reason="deeper JSON is written than is read"))],
-)
 def test_a_model_that_was_merged_many_times_can_be_merged_and_verified_again(
-    length: int, pair: tuple[Path, Path], tmp_path: Path
+    pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     adapter, original = pair
     adapterpack.merge(adapter, original, tmp_path / "first")
-    record = _chain(_said(tmp_path / "first"), length)
+    record = _said(tmp_path / "first")
     base = shutil.copytree(original, tmp_path / "base")
-    (base / NAME).write_text(json.dumps(record))
+    (base / NAME).write_text(json.dumps({**record, "history": [record] * 100}))
     adapterpack.merge(adapter, base, tmp_path / "m")
+    assert len(_said(tmp_path / "m")["history"]) == 101
     assert adapterpack.verify(adapter, tmp_path / "m").equal
 
 
@@ -198,7 +191,6 @@ def test_a_base_whose_lineage_cannot_be_read_is_an_error_that_names_it(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
-@pytest.mark.xfail(strict=True, reason="the base's lineage is read when all shards are written")
 def test_a_base_whose_lineage_cannot_be_read_is_refused_before_any_work(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -213,7 +205,6 @@ def test_a_base_whose_lineage_cannot_be_read_is_refused_before_any_work(
 # -- digests ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="the lineage lists itself, with the digest of an empty file")
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_digests_of_every_file_read_and_written(jobs: int, pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter, original = pair
@@ -343,7 +334,6 @@ def test_another_adapter_that_is_missing_or_changed_is_a_clear_error(
     assert "2 adapters" in str(caught.value.hint)
 
 
-@pytest.mark.xfail(strict=True, reason="only the tensor file's digest is compared, not that of the config")
 def test_another_adapter_whose_config_was_changed_is_a_clear_error(
     pair: tuple[Path, Path], other: Path, tmp_path: Path
 ) -> None:
@@ -397,11 +387,6 @@ def _with(path: str, value: Any) -> Any:
     return change
 
 
-def _late(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, raises=(AttributeError, TypeError, pytest.fail.Exception), reason=reason)
-
-
-_SHARDS = "facts of a shard are taken for objects unseen"
 MALFORMED = {
     "another schema": _with("schema", "adapterpack.lineage/2"),
     "no schema": _with("schema", None),
@@ -426,10 +411,10 @@ MALFORMED = {
     "no options": _with("options", None),
     "a number as options": _with("options", 3),
     "no version": _with("adapterpack", None),
+    "a text as history": _with("history", "x"),
     "a list": lambda record: [record],
     "null": lambda record: None,
 }
-MARKED = {"numbers as facts of shards": _late(_SHARDS), "texts as facts of the base's shards": _late(_SHARDS)}
 
 
 @pytest.fixture(scope="module")
@@ -441,7 +426,7 @@ def merged(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return adapter, target
 
 
-@pytest.mark.parametrize("what", [pytest.param(k, marks=MARKED.get(k, ())) for k in MALFORMED])
+@pytest.mark.parametrize("what", MALFORMED)
 def test_a_malformed_or_foreign_file_is_an_error_that_names_it(
     what: str, merged: tuple[Path, Path], tmp_path: Path
 ) -> None:
