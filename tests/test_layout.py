@@ -31,8 +31,9 @@ LAYERS = [
         "arithmetic", "shards", "base_files",
         "layout",
         "lineage",
+        "pairing", "rest", "svd",
     },
-    {"inspect", "check", "convert", "compress", "verify", "merge"},
+    {"inspect", "check", "convert", "compress", "verify", "merge", "extract"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}
