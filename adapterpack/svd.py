@@ -15,6 +15,7 @@ EXACT = 512
 """Up to this many rows or columns the SVD is exact, in f64."""
 _POWERS = 4
 _SEED = 0x5EED
+_ROWS = 512
 _FIRST = 64
 """The rank that a sketch for an energy starts with."""
 
@@ -48,7 +49,7 @@ def at_energy(xp: Backend, d: Array, energy: float, most: int | None = None) -> 
     """
     small = min(d.shape)
     most = small if most is None else min(most, small)
-    total = float((d.double() ** 2).sum()) if d.device.type != "mps" else float((d**2).sum())
+    total = sum(_energy(row) for row in d.split(_ROWS))
     rank = _FIRST
     while small > EXACT and 2 * (wide := rank + rank // 2) <= small:
         u, s, vh = _sketch(xp, d, wide)
@@ -58,8 +59,13 @@ def at_energy(xp: Backend, d: Array, energy: float, most: int | None = None) -> 
             return _shared(u, s, vh, min(kept or most, most))
         rank *= 2
     u, s, vh = _exact(xp, d)
-    kept = _least(s, energy, float((s.double() ** 2).sum()) if s.device.type != "mps" else total, small)
+    kept = _least(s, energy, _energy(s), small)
     return _shared(u, s, vh, min(kept or small, most))
+
+
+def _energy(values: Array) -> float:
+    """The sum of squares, in f64."""
+    return float((values.cpu().double() ** 2).sum())
 
 
 def _least(s: Array, energy: float, total: float, most: int) -> int | None:

@@ -31,7 +31,7 @@ LAYERS = [
         "arithmetic", "shards", "base_files",
         "layout",
         "lineage",
-        "pairing", "rest", "svd",
+        "pairing", "rest", "svd", "initial",
     },
     {"inspect", "check", "convert", "compress", "verify", "merge", "extract"},
     {"cli"},
