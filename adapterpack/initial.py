@@ -31,11 +31,13 @@ from adapterpack.tensor import Tensor
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
-    Pair = tuple[Array, Array]
+    Start = tuple[Array, Array, float]
 
 _DETERMINISTIC = ("pissa", "olora")
 _SAME_START = 1e-3
 """How far, relatively, a start may be from the one that the base gives: f32 on another machine stays far below."""
+_MARGIN = 1e-6
+"""How far, relatively, what an SVD or QR keeps must stand apart from what it drops."""
 _REASONS = {
     "loftq": "LoftQ trained on quantised weights, which no low rank leads to from the pristine base",
     "pissa_niter": "a randomised SVD without a recorded seed made its start",
@@ -115,8 +117,7 @@ def without_own_start(trained: Checkpoint, base: Base, xp: Backend) -> tuple[Out
             raise Unsupported(f"{name} is no linear layer: PEFT starts it at random", hint=_HINT)
         scale = scaling(name, m.rank)
         w = _weight(kind, m, base, xp)
-        start = LowRank(*_START[kind](xp, xp.f32(w), m.rank, scale), scale)
-        exact = LowRank(*_START[kind](xp, xp.f64(w), m.rank, scale), scale)
+        start, exact = (_start(kind, xp, lift(w), m.rank, scale, name) for lift in (xp.f32, xp.f64))
         b, lora_a = m.pair[1], m.pair[0]
         change = _lowrank.distance(xp, LowRank(xp.f32(b), xp.f32(lora_a), scale), start)
         off = _lowrank.distance(xp, start, exact)
@@ -181,7 +182,7 @@ def _check_start(kind: str, m: Module, b: Array, a: Array, name: str) -> None:
 def _same_start(kind: str, m: Module, start: LowRank, base: Base, xp: Backend) -> None:
     """Raise WrongBase unless the base's weights give this start."""
     base.require([f"{m.name}.weight"], {})
-    again = LowRank(*_START[kind](xp, xp.f32(_weight(kind, m, base, xp)), m.rank, start.scale), start.scale)
+    again = _start(kind, xp, xp.f32(_weight(kind, m, base, xp)), m.rank, start.scale, m.name)
     off = _lowrank.distance(xp, start, again)
     if not off <= _SAME_START * _lowrank.norm(xp, again):
         raise WrongBase(
@@ -203,23 +204,40 @@ def _weight(kind: str, m: Module, base: Base, xp: Backend) -> Array:
     return w
 
 
-def _pissa(xp: Backend, w: Array, rank: int, scale: float) -> Pair:
-    """peft/tuners/lora/layer.py, `pissa_init`."""
+def _start(kind: str, xp: Backend, w: Array, rank: int, scale: float, name: str) -> LowRank:
+    """The start that W gives. Raises Unsupported where W leaves a choice: another machine may make another one."""
+    b, a, margin = _START[kind](xp, w, rank, scale)
+    if not margin > _MARGIN:
+        raise Unsupported(
+            f"the weights of {name} do not say what its start was: there is more than one of rank {rank}", hint=_HINT
+        )
+    return LowRank(b, a, scale)
+
+
+def _pissa(xp: Backend, w: Array, rank: int, scale: float) -> Start:
+    """peft/tuners/lora/layer.py, `pissa_init`; unique if the last singular value stands apart from the next."""
     u, s, vh = xp.torch.linalg.svd(w, full_matrices=False)
     root = xp.torch.diag(xp.torch.sqrt(s[:rank] / scale))
-    return u[:, :rank] @ root, root @ vh[:rank]
+    margin = float((s[rank - 1] - s[rank]) / s[0]) if rank < len(s) else 1.0
+    return u[:, :rank] @ root, root @ vh[:rank], margin
 
 
-def _olora(xp: Backend, w: Array, rank: int, scale: float) -> Pair:
-    """peft/tuners/lora/layer.py, `olora_init`."""
+def _olora(xp: Backend, w: Array, rank: int, scale: float) -> Start:
+    """peft/tuners/lora/layer.py, `olora_init`; unique if the first columns of W are independent.
+
+    The scale is not taken out of the factors: PEFT takes `scale * Q R` from W.
+    """
     q, r = xp.torch.linalg.qr(w)
-    return q[:, :rank], r[:rank]
+    diagonal = r.diag()[:rank].abs()
+    return q[:, :rank], r[:rank], float(diagonal.min() / r.abs().max())
 
 
-_START: Mapping[str, Callable[[Backend, Array, int, float], Pair]] = {"pissa": _pissa, "olora": _olora}
+_START: Mapping[str, Callable[[Backend, Array, int, float], Start]] = {"pissa": _pissa, "olora": _olora}
 
 
-def _joined(a: Adapter, found: Mapping[str, Module], starts: Mapping[str, Pair], xp: Backend) -> Adapter:
+def _joined(
+    a: Adapter, found: Mapping[str, Module], starts: Mapping[str, tuple[Array, Array]], xp: Backend
+) -> Adapter:
     """[B, -B0] and [A; A0] in every module, and a config of twice the rank and the same scale."""
     params = {name: dict(p) for name, p in a.modules.items()}
     for name, m in found.items():

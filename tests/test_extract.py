@@ -97,8 +97,18 @@ def test_a_merged_lora_comes_back_at_its_rank(name, workshop, files, tmp_path: P
     assert_gives(workshop, files, base, tuned, tmp_path / "a", 2e-6)
 
 
-@pytest.mark.parametrize("kind, how", [("llama", {}), ("llama", {"tie": True}), ("opt", {}), ("bert", {}),
-                                       ("gpt2", {}), ("gpt2", {"tie": True}), ("llama", {"bias": True})])
+@pytest.mark.parametrize(
+    "kind, how",
+    [
+        ("llama", {}),
+        ("llama", {"tie": True}),
+        ("opt", {}),
+        ("bert", {}),
+        ("gpt2", {}),
+        ("gpt2", {"tie": True}),
+        ("llama", {"bias": True}),
+    ],
+)
 def test_a_whole_fine_tune_with_the_rest_kept(kind, how, workshop, files, tmp_path: Path) -> None:
     base = workshop.base(kind, **how)
     tuned = tuned_all(base, tmp_path / "t")
@@ -403,8 +413,17 @@ def test_the_same_model_twice(workshop, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"rank": 4, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"energy": float("nan")},
-     {"rank": 4, "max_rank": 2}, {"rank": 4, "rest": "perhaps"}, {"rank": 4, "dtype": "int8"}],
+    [
+        {},
+        {"rank": 4, "energy": 0.5},
+        {"rank": 0},
+        {"energy": 0.0},
+        {"energy": 1.5},
+        {"energy": float("nan")},
+        {"rank": 4, "max_rank": 2},
+        {"rank": 4, "rest": "perhaps"},
+        {"rank": 4, "dtype": "int8"},
+    ],
 )
 def test_calls_that_make_no_sense(how, workshop, tmp_path: Path) -> None:
     base = workshop.base("llama")
@@ -426,7 +445,15 @@ def test_the_command_line(workshop, files, tmp_path: Path) -> None:
     done = run(*args, "--rank", "4", "--json")
     assert done.code == 0, done.err
     assert set(done.json) == {
-        "schema", "output", "modules", "max_rel_error", "unchanged", "kept", "dropped", "bytes_out", "notes"
+        "schema",
+        "output",
+        "modules",
+        "max_rel_error",
+        "unchanged",
+        "kept",
+        "dropped",
+        "bytes_out",
+        "notes",
     }
     assert done.json["bytes_out"] == planned["bytes_out"] == oracle.adapter_bytes(tmp_path / "a")
     assert len(done.json["modules"]) == len(planned["modules"]) == 8

@@ -161,6 +161,19 @@ def test_a_start_that_is_uncertain_beside_a_small_change_is_refused(workshop, fi
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_weights_that_leave_a_choice_prove_no_start(name, workshop, tmp_path: Path) -> None:
+    """Equal singular values, dependent columns: every SVD and QR is right, and no two need agree."""
+    t = made(name, workshop)
+    model = oracle.load_base(t.base)
+    with torch.no_grad():
+        w = model.model.layers[0].self_attn.q_proj.weight
+        w.copy_(torch.eye(64) if name == "pissa" else torch.ones(64, 64))
+    oracle.save_base(model, tmp_path / "b")
+    with pytest.raises(Unsupported, match="more than one"):
+        adapterpack.convert(t.end, tmp_path / "a", to="lora", base=tmp_path / "b", max_error=1.0)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_without_start_and_base_it_is_refused_and_says_what_it_takes(name, workshop, tmp_path: Path) -> None:
     t = made(name, workshop)
     with pytest.raises(Unsupported) as e:
