@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +57,37 @@ CASES = {
     "pissa-head": ("llama", {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]}),
     "pissa-bias": ("opt", {"init_lora_weights": "pissa", "bias": "all", "target_modules": ["q_proj", "fc1"]}),
 }
+CASES |= {
+    name: (kind, {"init_lora_weights": init, **({"target_modules": ["c_attn", "c_proj"]} if kind == "gpt2" else {})})
+    for name, kind, init in (
+        ("corda", "llama", "corda"),
+        ("lora-ga", "llama", "lora_ga"),
+        ("lora-ga-conv1d", "gpt2", "lora_ga"),
+    )
+}
 # PEFT refuses rslora with patterns, and its file lacks modules_to_save and biases.
 OURS_ALONE = {"pissa-rslora-patterns", "pissa-head", "pissa-bias"}
+
+
+def prepared(model, config: LoraConfig):
+    """What CorDA and LoRA-GA want to see of data first."""
+    if config.init_lora_weights not in ("corda", "lora_ga"):
+        return model
+    from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+
+    # PEFT's corda.py takes `dataclass` from attrs, which PEFT does not require.
+    sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))  # type: ignore[arg-type]
+    from peft.tuners.lora.corda import preprocess_corda
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    tokens = torch.arange(60)[None]
+    if config.init_lora_weights == "corda":
+        config.corda_config = CordaConfig(corda_method="ipm")
+        preprocess_corda(model, config, run_model=lambda: model(tokens))
+    elif config.init_lora_weights == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(model, config, lambda: model(tokens, labels=tokens).loss.backward())
+    return model
 
 
 def made(name: str, workshop, scale: float = 0.1) -> Trained:
@@ -64,7 +96,7 @@ def made(name: str, workshop, scale: float = 0.1) -> Trained:
     kind, fields = CASES[name]
     base, root = workshop.base(kind), workshop.root / "initial" / name
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "up_proj"], **fields})
-    model = oracle.make_adapter(root / "start", config, base=oracle.load_base(base), scale=0.0)
+    model = oracle.make_adapter(root / "start", config, base=prepared(oracle.load_base(base), config), scale=0.0)
     oracle.perturb(model, scale)
     model.save_pretrained(root / "end")
     peft = None
