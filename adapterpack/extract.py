@@ -217,7 +217,7 @@ class _Job:
                 hint="--rest keep stores them whole (modules_to_save, bias); --rest drop leaves them out",
             )
         kept = rest.keep(pairs, targets, left, tuned) if how.rest == "keep" else rest.Kept()
-        return cls(reference, tuned, pairs, targets, left, kept, how, _notes(base, tuned, how))
+        return cls(reference, tuned, pairs, targets, left, kept, how, _notes(base, tuned, pairs, how))
 
     def run(self, xp: Backend, progress: Progress | None) -> tuple[list[ExtractedModule], dict[str, _Factors]]:
         """Factor one change after the other."""
@@ -333,7 +333,7 @@ def _shown(pairs: Sequence[Pair]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _notes(base: Base, tuned: Base, how: _How) -> tuple[str, ...]:
+def _notes(base: Base, tuned: Base, pairs: Sequence[Pair], how: _How) -> tuple[str, ...]:
     notes = [*base.name_notes]
     for what, model in (("base", base), ("tuned model", tuned)):
         if model.scheme is not None:
@@ -342,8 +342,8 @@ def _notes(base: Base, tuned: Base, how: _How) -> tuple[str, ...]:
         notes.append(f"the base is {base.dtype}, the tuned model {tuned.dtype}: rounding may be part of the change")
     if how.embeddings and tuned.tied:
         notes.append("input and output embeddings are tied: no LoRA is made of them")
-    if isinstance(tuned.config.get("text_config"), dict):
-        notes.append("modules are named as on disk; a model of several parts may nest them otherwise in memory")
+    if any(p.name not in tuned.tensors and p.role is not Role.HEAD for p in pairs):
+        notes.append("modules are named as transformers 5 calls them in memory, not as on disk")
     return tuple(notes)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from adapterpack import architectures
+from adapterpack import architectures, names
 from adapterpack.base import Base
 from adapterpack.errors import WrongBase
 from adapterpack.tensor import Tensor, numpy_dtype
@@ -119,7 +119,7 @@ def pairs(base: Base, tuned: Base) -> list[Pair]:
     if len(set(plain)) < len(plain):
         twice = next(name for name in plain if plain.count(name) > 1)
         raise WrongBase(f"two tensors of the tuned model would be {twice} of the base")
-    memory = _Memory(tuned)
+    memory = Memory(tuned)
     chosen = [(memory(t), base.origin(found[t]), tuned.origin(t)) for t in wanted]
     if tied is not None and tuned.embedding is not None:
         chosen.append((memory(tuned.head), base.origin(tied), tuned.origin(tuned.embedding)))
@@ -137,15 +137,16 @@ def _on_disk(base: Base, tuned: Base, name: str) -> str | None:
     return base.embedding if found is None and name == tuned.head and base.tied else found
 
 
-def _named(text: str, names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return text.format(", ".join(sorted(names)[:_SHOWN]) + more) if names else ""
+def _named(text: str, said: list[str]) -> str:
+    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+    return text.format(", ".join(sorted(said)[:_SHOWN]) + more) if said else ""
 
 
-class _Memory:
+class Memory:
     """How transformers calls in memory what a model directory calls so on disk.
 
-    Old checkpoints hold the body alone though their class has a head: `h.0...` is `transformer.h.0...` then.
+    Old checkpoints hold the body alone though their class has a head: `h.0...` is `transformer.h.0...` then. Models
+    of several parts, and some vision models, are named otherwise altogether.
     """
 
     def __init__(self, model: Base) -> None:
@@ -154,9 +155,10 @@ class _Memory:
         if body and not any(t.startswith(f"{body}.") for t in model.tensors):
             self._prefix = f"{body}."
         self._head = model.head
+        self._name = names.in_memory(model.tensors.keys(), str(model.config.get("model_type")))
 
     def __call__(self, name: str) -> str:
-        return name if name == self._head else self._prefix + name
+        return self._name(name if name == self._head else self._prefix + name)
 
 
 def _pair(name: str, base: Tensor, tuned: Tensor, model: Base, head: str, modules: set[str]) -> Pair:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from adapterpack.base import Base
 from adapterpack.errors import InvalidFile, Unsupported
-from adapterpack.pairing import Pair, Role
+from adapterpack.pairing import Memory, Pair, Role
 from adapterpack.tensor import Tensor, chunks, numpy_dtype
 
 
@@ -64,7 +64,7 @@ def keep(pairs: Sequence[Pair], targets: Sequence[Pair], left: Sequence[Pair], t
     tensors = {p.name: p.tuned for p in pairs}
     if any(p.role is Role.EMBEDDING and p.tuned.source is _embedding(tuned) for p in left) and tuned.tied:
         # A head that is tied is not on disk, and PEFT keeps each side for itself.
-        head = next((p.name for p in pairs if p.role is Role.HEAD), tuned.head)
+        head = next((p.name for p in pairs if p.role is Role.HEAD), Memory(tuned)(tuned.head))
         tensors.setdefault(head, tuned.tensors[str(tuned.embedding)])
         modules.add(head.rpartition(".")[0])
     # PEFT's test has no dot boundary: whatever ends like one is kept too.

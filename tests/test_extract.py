@@ -9,6 +9,7 @@ import cases
 import oracle
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -370,6 +371,55 @@ def test_a_base_of_another_dtype_says_so(workshop, tmp_path: Path) -> None:
     result = adapterpack.extract(base, tmp_path / "t", tmp_path / "a", rank=1)
     assert [m.name for m in result.modules] == ["model.layers.0.self_attn.q_proj"]
     assert any("BF16" in n and "F32" in n for n in result.notes)
+
+
+@pytest.mark.parametrize("kind", [*zoo.KINDS, *zoo.VISION])
+def test_models_whose_names_on_disk_are_not_their_modules(kind, tmp_path: Path) -> None:
+    made = zoo.model(kind)
+    made.save_pretrained(tmp_path / "b")
+    inside = set(made.state_dict())
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in made.named_parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.01)
+    made.save_pretrained(tmp_path / "t")
+    result = adapterpack.extract(tmp_path / "b", tmp_path / "t", tmp_path / "a", rank=256, rest="drop")
+    assert {f"{m.name}.weight" for m in result.modules} <= inside
+    assert kind == "clip-vision" or any("in memory" in n for n in result.notes)
+    assert oracle.peft_load(zoo.model(kind), tmp_path / "a")[1].clean
+    adapterpack.merge(tmp_path / "a", tmp_path / "b", tmp_path / "m", verify="full")
+    disk = zoo.disk_names(zoo.model(kind), tmp_path / "b")
+    base, tuned, merged = (load_file(tmp_path / x / "model.safetensors") for x in "btm")
+    for m in result.modules:
+        name = disk[f"{m.name}.weight"]
+        assert off(merged[name], tuned[name], base[name]) < 2e-6
+
+
+def test_a_quantised_base_and_what_it_stands_for(files, tmp_path: Path) -> None:
+    """An FP8 base: the change is from its exact values, and merging gives the tuned model."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    oracle.save_base(oracle.tiny_model("llama", torch.bfloat16, **sizes), tmp_path / "o")
+    stored = load_file(tmp_path / "o" / "model.safetensors")
+    for name in [n for n in stored if n.endswith("_proj.weight")]:
+        rows, columns = (-(-n // 128) for n in stored[name].shape)
+        stored[f"{name}_scale_inv"] = torch.full((rows, columns), 2.0**-6)
+        stored[name] = (stored[name].float() * 64).to(torch.float8_e4m3fn)
+    config = json.loads((tmp_path / "o" / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    save_file(stored, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    tuned = tuned_all(tmp_path / "o", tmp_path / "t", ("_proj",))
+    result = adapterpack.extract(tmp_path / "b", tuned, tmp_path / "a", rank=256)
+    assert any("FP8" in n or "fp8" in n for n in result.notes)
+    adapterpack.merge(tmp_path / "a", tmp_path / "b", tmp_path / "m", verify="full")
+    merged, wanted = files.tensors(tmp_path / "m"), files.tensors(tuned)
+    wrong = sum(int((merged[k] != wanted[k]).sum()) for k in wanted)
+    assert wrong <= sum(x.numel() for x in wanted.values()) * 1e-3
 
 
 # -- what is refused ---------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def worst(found, wanted, before) -> float:
     return max(errors)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("name", CASES)
 def test_with_its_start_it_is_plain_lora_of_the_pristine_base(name, workshop, files, tmp_path: Path) -> None:
     t = made(name, workshop)
