@@ -42,10 +42,14 @@ def _attention(before: str) -> tuple[tuple[str, str], ...]:
 
 
 _MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
+_TABLE = (
+    ".attention.relative_position_bias.relative_position_bias_table",
+    ".attention.self.relative_position_bias_table",
+)
 _FAMILIES = (
     ((".layers.", ".encoder.layer."), *_attention("attention"), *_MLP),
     _attention("attention"),
-    (*_attention("self"), *_MLP),
+    (*_attention("self"), *_MLP, _TABLE),
 )
 """Inner names of vision models in transformers 5 and on disk: `ViTModel`, `Dinov2Model`, `swin` there."""
 

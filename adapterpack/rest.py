@@ -67,6 +67,8 @@ def keep(pairs: Sequence[Pair], targets: Sequence[Pair], left: Sequence[Pair], t
         head = next((p.name for p in pairs if p.role is Role.HEAD), Memory(tuned)(tuned.head))
         tensors.setdefault(head, tuned.tensors[str(tuned.embedding)])
         modules.add(head.rpartition(".")[0])
+    # What lies in a module that is kept is kept with it: PEFT cannot wrap both.
+    modules = {m for m in modules if not any(path in modules for path in _above(m))}
     # PEFT's test has no dot boundary: whatever ends like one is kept too.
     paths = {path for name in tensors for path in _above(name)}
     whole = sorted({path for path in paths if any(path.endswith(m) for m in modules)})
@@ -77,6 +79,9 @@ def keep(pairs: Sequence[Pair], targets: Sequence[Pair], left: Sequence[Pair], t
             f"a tensor of {own} itself changed, and {inside} in it becomes LoRA: PEFT cannot keep both",
             hint="--rest drop leaves such tensors out",
         )
+    nested = next((w for w in whole if any(path in whole for path in _above(w))), None)
+    if nested is not None:
+        raise Unsupported(f"PEFT cannot keep {nested} and a module that it lies in", hint="--rest drop")
     found = {n: t for n, t in tensors.items() if any(n.startswith(f"{w}.") for w in whole)}
     if biases:
         found |= {f"{m}.base_layer.bias": t for m in sorted(adapted) if (t := tensors.get(f"{m}.bias")) is not None}

@@ -395,6 +395,39 @@ def test_models_whose_names_on_disk_are_not_their_modules(kind, tmp_path: Path) 
         assert off(merged[name], tuned[name], base[name]) < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["clip-vision", "vit", "dinov2", "swin", "qwen2-vl", "mistral3", "llava-tied"])
+def test_the_rest_of_such_models_is_kept_too(kind, tmp_path: Path) -> None:
+    """Bare parameters, convolutions and tables of modules; embeddings that lie in a module which is kept."""
+    made = zoo.model(kind)
+    made.save_pretrained(tmp_path / "b")
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in made.named_parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.01)
+    made.save_pretrained(tmp_path / "t")
+    adapterpack.extract(tmp_path / "b", tmp_path / "t", tmp_path / "a", rank=256, rest="keep")
+    merged, wanted = oracle.peft_merge(zoo.model(kind), tmp_path / "a"), made.state_dict()
+    assert merged.load.clean, (merged.load.missing, merged.load.unexpected)
+    assert max(float((merged[k] - wanted[k]).abs().max()) for k in wanted) < 1e-6
+    adapterpack.merge(tmp_path / "a", tmp_path / "b", tmp_path / "m", verify="full")
+    ours, tuned = (load_file(tmp_path / x / "model.safetensors") for x in "mt")
+    assert ours.keys() == tuned.keys()
+    assert max(float((ours[k] - tuned[k]).abs().max()) for k in tuned) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "internvl", "convnext"])
+def test_a_bare_parameter_beside_layers_cannot_be_kept(kind, workshop, tmp_path: Path) -> None:
+    made = zoo.model(kind) if kind in zoo.KINDS else oracle.tiny_model(kind)
+    made.save_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        for _, p in made.named_parameters():
+            p.add_(0.01)
+    made.save_pretrained(tmp_path / "t")
+    with pytest.raises(Unsupported, match="cannot keep both") as e:
+        adapterpack.extract(tmp_path / "b", tmp_path / "t", tmp_path / "a", rank=4, rest="keep")
+    assert "--rest drop" in str(e.value.hint)
+
+
 def test_a_quantised_base_and_what_it_stands_for(files, tmp_path: Path) -> None:
     """An FP8 base: the change is from its exact values, and merging gives the tuned model."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
