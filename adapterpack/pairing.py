@@ -108,7 +108,8 @@ def pairs(base: Base, tuned: Base) -> list[Pair]:
     found = {t: name for t in wanted if (name := _on_disk(base, tuned, t)) is not None}
     missing = [t for t in wanted if t not in found]
     # A tied head may lie on disk on one side alone.
-    left = [t for t in base.tensors if t not in found.values() and not _BUFFERS.search(t)]
+    used = set(found.values())
+    left = [t for t in base.tensors if t not in used and not _BUFFERS.search(t)]
     tied = base.head if base.head in left and tuned.tied and tuned.embedding else None
     left = [t for t in left if t != tied]
     if missing or left:

@@ -71,18 +71,19 @@ def keep(pairs: Sequence[Pair], targets: Sequence[Pair], left: Sequence[Pair], t
     modules = {m for m in modules if not any(path in modules for path in _above(m))}
     # PEFT's test has no dot boundary: whatever ends like one is kept too.
     paths = {path for name in tensors for path in _above(name)}
-    whole = sorted({path for path in paths if any(path.endswith(m) for m in modules)})
-    inside = next((t for t in sorted(adapted) for w in whole if f"{t}.".startswith(f"{w}.")), None)
-    if inside is not None:
-        own = next(w for w in whole if f"{inside}.".startswith(f"{w}."))
+    endings = tuple(modules)
+    whole = {path for path in paths if path.endswith(endings)}
+    both = next(((w, t) for t in sorted(adapted) for w in (*_above(t), t) if w in whole), None)
+    if both is not None:
+        own, inside = both
         raise Unsupported(
             f"a tensor of {own} itself changed, and {inside} in it becomes LoRA: PEFT cannot keep both",
             hint="--rest drop leaves such tensors out",
         )
-    nested = next((w for w in whole if any(path in whole for path in _above(w))), None)
+    nested = next((w for w in sorted(whole) if any(path in whole for path in _above(w))), None)
     if nested is not None:
         raise Unsupported(f"PEFT cannot keep {nested} and a module that it lies in", hint="--rest drop")
-    found = {n: t for n, t in tensors.items() if any(n.startswith(f"{w}.") for w in whole)}
+    found = {n: t for n, t in tensors.items() if not whole.isdisjoint(_above(n))}
     if biases:
         found |= {f"{m}.base_layer.bias": t for m in sorted(adapted) if (t := tensors.get(f"{m}.bias")) is not None}
     return Kept(tuple(sorted(modules)), biases, found)

@@ -12,6 +12,7 @@ import torch
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_cli import run
 
@@ -27,6 +28,7 @@ from adapterpack.errors import (
     UsageError,
     WrongBase,
 )
+from adapterpack.pairing import Pair, Role
 
 XP = TorchBackend("cpu")
 
@@ -323,6 +325,47 @@ def test_experts_are_never_taken_for_layers(kind, workshop, tmp_path: Path) -> N
     result = adapterpack.extract(base, tuned, tmp_path / "a", rank=4, rest="drop")
     assert not any("experts" in m.name or m.name.endswith("mlp.gate") for m in result.modules)
     assert oracle.peft_load(base, tmp_path / "a")[1].clean
+
+
+def test_a_path_that_ends_like_a_target_is_excluded_by_name(tmp_path: Path) -> None:
+    """PEFT takes every module for a target whose path ends like one."""
+    g = torch.Generator().manual_seed(1)
+    names = ("layer.0.p", "decoder.layer.0.p", "decoder.layer.0.q", "layer.0.q")
+    base = {f"{n}.weight": torch.randn(6, 5, generator=g) for n in names}
+    tuned = dict(base)
+    # p of one, q of both, with other ranks: nothing of one may match the other.
+    tuned["layer.0.p.weight"] = base["layer.0.p.weight"] + torch.randn(6, 5, generator=g)
+    tuned["layer.0.q.weight"] = base["layer.0.q.weight"] + torch.ones(6, 5)
+    tuned["decoder.layer.0.q.weight"] = base["decoder.layer.0.q.weight"] + torch.randn(6, 5, generator=g)
+    for where, tensors in (("b", base), ("t", tuned)):
+        (tmp_path / where).mkdir()
+        save_file(tensors, tmp_path / where / "model.safetensors", metadata={"format": "pt"})
+    result = adapterpack.extract(tmp_path / "b", tmp_path / "t", tmp_path / "a", energy=1 - 1e-9)
+    assert {m.name: m.rank for m in result.modules} == {"layer.0.p": 5, "layer.0.q": 1, "decoder.layer.0.q": 5}
+
+    def layer() -> torch.nn.ModuleDict:
+        pair = torch.nn.ModuleDict({n: torch.nn.Linear(5, 6, bias=False) for n in "pq"})
+        return torch.nn.ModuleDict({"layer": torch.nn.ModuleList([pair])})
+
+    model = layer()
+    model["decoder"] = layer()
+    model.load_state_dict(base)
+    merged = PeftModel.from_pretrained(model, tmp_path / "a").merge_and_unload().state_dict()
+    assert max(float((merged[k] - tuned[k]).abs().max()) for k in tuned) < 1e-5
+    assert torch.equal(merged["decoder.layer.0.p.weight"], base["decoder.layer.0.p.weight"])
+
+
+@given(st.data())
+def test_law_a_pair_differs_iff_a_value_does(data) -> None:
+    names = [torch.float32, torch.bfloat16, torch.float16]
+    x, y = (
+        torch.tensor(data.draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5]), min_size=3, max_size=3))).to(
+            data.draw(st.sampled_from(names))
+        )
+        for _ in "xy"
+    )
+    pair = Pair("m.weight", Role.OTHER, False, XP.tensor(x), XP.tensor(y))
+    assert pair.differs() == bool((x.double() != y.double()).any())
 
 
 # -- names, dtypes and quantised bases ---------------------------------------------------------------------
