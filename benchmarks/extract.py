@@ -1,4 +1,4 @@
-"""`extract` on four layers of half of Llama2-7B's width: time, memory, and how near its sketch comes to the exact SVD.
+"""`extract` on four layers of half the width of Llama2-7B: time, memory, how near its sketch comes to the exact SVD.
 
 The change has singular values that fall slowly, like 1 / k^0.7, on bf16 weights from a warm page cache. The exact
 SVD is `torch.linalg.svd` of the same change in float32, one matrix at a time, which is what a script without a sketch
