@@ -117,8 +117,8 @@ def extract(
     """Make a LoRA adapter of the difference of two models.
 
     Names and shapes are compared before anything is read, values before anything is computed. Then one matrix at a
-    time: memory is at most 12 bytes for each element of the largest matrix whose SVD is sketched (40 where it is
-    exact), and the adapter itself.
+    time: memory is 4 bytes for each element of the largest matrix whose SVD is sketched, or 40 of the largest whose
+    SVD is exact (a side of at most 512, or a rank near the smaller side), some 200 MB of blocks, and the adapter.
 
     Args:
         base: The model that was tuned; it may be quantised in a way that `merge` reads.
