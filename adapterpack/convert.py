@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterpack import card, casting, containers, hub, methods
+from adapterpack import card, casting, containers, hub, initial, methods
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -26,6 +26,7 @@ from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
 from adapterpack.methods._keys import render
+from adapterpack.methods._lora_variants import moved_base
 from adapterpack.tensor import CASTABLE, DType
 from adapterpack.verify import compare, worst
 
@@ -65,6 +66,7 @@ def convert(
     dtype: str | None = None,
     base: str | Path | None = None,
     base_dtype: str | None = None,
+    init: str | Path | None = None,
     max_error: float | None = None,
     warm_start: bool = False,
     device: str = "cpu",
@@ -84,6 +86,7 @@ def convert(
         base: Where the base's shapes are to be had; its weights are read only where the change depends on them
             (a cast of DoRA).
         base_dtype: The dtype of the base in training, where `base` does not tell.
+        init: With `lora`: the adapter as it was before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
         max_error: The largest relative error allowed; None: nothing beyond `equivalent`.
         warm_start: With `full-logits`: make up the logits that a top-k file lacks.
         dry_run: Measure only; nothing is written.
@@ -98,13 +101,19 @@ def convert(
         raise UsageError("nothing to convert to", hint="--to ENCODING or --dtype DTYPE")
     if warm_start and to != "full-logits":
         raise UsageError("--warm-start goes with --to full-logits")
+    if init is not None and to != "lora":
+        raise UsageError("--init goes with --to lora")
     target = Path(destination).expanduser()
-    protected = inputs(source, base)
+    protected = inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(
             containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
         )
+        if init is not None or (to == "lora" and moved_base(checkpoint.config)):
+            outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
+            refuse_loss(measured, max_error)
+            return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
         method, adapter = methods.parse(checkpoint)
         edge = None if to is None else find_edge(method, adapter, to)
         request, model, base_notes = _request(
@@ -123,9 +132,36 @@ def convert(
         return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
 
 
-def inputs(source: str | Path, base: str | Path | None) -> tuple[Path, ...]:
+def _without_start(
+    trained: Checkpoint,
+    init: str | Path | None,
+    base: str | Path | None,
+    dtype: str | None,
+    device: str,
+    stack: ExitStack,
+) -> tuple[Outcome, Measured]:
+    """Plain LoRA of an adapter that began with a part of the base; see `initial`."""
+    model = None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
+    if init is None and model is None:
+        raise initial.refuse(trained)
+    xp, error = TorchBackend(device), 0.0
+    if init is not None:
+        start = stack.enter_context(containers.open_checkpoint(init))
+        outcome = initial.without_start(trained, start, xp, model)
+    else:
+        assert model is not None
+        outcome, error = initial.without_own_start(trained, model, xp)
+    plain = outcome.adapter
+    if dtype is not None:
+        outcome = cast_outcome(outcome, named_dtype(dtype))
+    cast = measure((methods.METHODS["LORA"], plain), outcome, Request(xp))
+    grade = cast.grade if error <= EQUIVALENT_ERROR else Grade.APPROXIMATE
+    return outcome, Measured(grade, max(error, cast.error), cast.notes)
+
+
+def inputs(source: str | Path, base: str | Path | None, init: str | Path | None = None) -> tuple[Path, ...]:
     """What a destination must not harm."""
-    return tuple(Path(p).expanduser() for p in (source, base) if p is not None)
+    return tuple(Path(p).expanduser() for p in (source, base, init) if p is not None)
 
 
 def find_edge(method: Method, a: Adapter, to: str) -> Edge:

@@ -33,8 +33,12 @@ LAYERS = [
         "base_files",
         "layout",
         "lineage",
+        "pairing",
+        "rest",
+        "svd",
+        "initial",
     },
-    {"inspect", "check", "convert", "compress", "verify", "merge"},
+    {"inspect", "check", "convert", "compress", "verify", "merge", "extract"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}

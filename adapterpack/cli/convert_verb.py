@@ -13,8 +13,9 @@ from adapterpack.convert import Conversion, convert
 @click.argument("destination", metavar="DST")
 @click.option("--to", metavar="TARGET", help="full-logits, topk, projection, seed or lora.")
 @click.option("--dtype", metavar="D", help="keep, float32, bfloat16 or float16.")
-@click.option("--base", metavar="BASE", help="The base model; only its shapes are read.")
+@click.option("--base", metavar="BASE", help="The base model; shapes, seldom weights, are read.")
 @click.option("--base-dtype", metavar="D", help="dtype of the base in training, where BASE does not tell.")
+@click.option("--init", metavar="INIT", help="PiSSA, OLoRA, CorDA, LoRA-GA to lora: the adapter before training.")
 @click.option(
     "--max-error", type=float, metavar="E", callback=out.error_bound, help="Largest relative error allowed."
 )
@@ -31,6 +32,7 @@ def command(
     dtype: str | None,
     base: str | None,
     base_dtype: str | None,
+    init: str | None,
     max_error: float | None,
     warm_start: bool,
     device: str,
@@ -46,6 +48,7 @@ def command(
     \b
     VB-LoRA  full-logits -> topk, lora;  topk -> lora, full-logits (with --warm-start)
     VeRA     projection -> seed, lora;   seed -> projection, lora (lora takes --base)
+    PiSSA, OLoRA, CorDA, LoRA-GA -> lora: exact with --init; PiSSA and OLoRA also with --base
     all      --dtype
 
     What is lost is measured on the change of W. Beyond 5e-6 it is refused (exit code 4), save within
@@ -59,6 +62,7 @@ def command(
             dtype=None if dtype == "keep" else dtype,
             base=base,
             base_dtype=base_dtype,
+            init=init,
             max_error=max_error,
             warm_start=warm_start,
             device=device,
