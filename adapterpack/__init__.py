@@ -10,6 +10,7 @@ from adapterpack.convert import Conversion, convert
 from adapterpack.errors import AdapterpackError
 from adapterpack.inspect import Inspection, inspect
 from adapterpack.merge import Merge, merge
+from adapterpack.resize import Resizing, resize
 from adapterpack.verify import Verification, verify
 from adapterpack.version import __version__
 
@@ -19,6 +20,7 @@ __all__ = [
     "Health",
     "Inspection",
     "Merge",
+    "Resizing",
     "Verification",
     "__version__",
     "check",
@@ -26,5 +28,6 @@ __all__ = [
     "convert",
     "inspect",
     "merge",
+    "resize",
     "verify",
 ]

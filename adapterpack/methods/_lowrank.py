@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterpack.adapter import LowRank
@@ -35,18 +36,49 @@ def distance(xp: Backend, x: LowRank, y: LowRank) -> float:
     return float(_core(xp, b, a)[1].norm())
 
 
-def truncate(xp: Backend, f: LowRank, max_error: float) -> tuple[Array, Array]:
-    """The least rank whose relative Frobenius error is at most `max_error`, and the best factors of it.
+def singular_values(xp: Backend, f: LowRank) -> Array:
+    """Those of scale * b @ a, f64, descending: min(out, r, in) of them."""
+    rb = xp.torch.linalg.qr(f.b.double(), mode="r")[1]
+    ra = xp.torch.linalg.qr(f.a.double().T, mode="r")[1]
+    return xp.torch.linalg.svdvals(rb @ ra.T) * abs(f.scale)
 
-    Returns:
-        (b, a) in f32 with f.scale * b @ a near f.scale * f.b @ f.a; the rank is at least 1. The error is
-        the optimum (Eckart and Young 1936): that of the dropped singular values.
+
+def least_rank(values: Array, lost: float) -> int:
+    """The least rank, 1 at least, that loses no more than this fraction of the squared singular values.
+
+    Args:
+        values: Descending, f64.
     """
-    qb, core, qa = _core(xp, f.b.double(), f.a.double())
-    u, s, vh = xp.torch.linalg.svd(core)
-    energy = (s**2).sum()
     # tail[k]: what is lost when k singular values are kept.
-    tail = (s**2).flip(0).cumsum(0).flip(0)
-    kept = int((tail > max_error**2 * energy).sum()) or 1
-    root = s[:kept].sqrt()
-    return (qb @ u[:, :kept] * root).float(), ((root[:, None] * vh[:kept]) @ qa.T).float()
+    tail = (values**2).flip(0).cumsum(0).flip(0)
+    return int((tail > lost * (values**2).sum()).sum()) or 1
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A change as its singular vectors and values, f64.
+
+    Attributes:
+        left: (out, k).
+        values: (k,), descending, without the scale.
+        right: (k, in).
+    """
+
+    left: Array
+    values: Array
+    right: Array
+
+    def at(self, rank: int) -> tuple[Array, Array]:
+        """The best factors (b, a) of that rank, k at most: (out, rank) and (rank, in).
+
+        The error of their product is the optimum (Eckart and Young 1936), that of the dropped singular values.
+        """
+        root = self.values[:rank].sqrt()
+        return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+
+
+def decomposed(xp: Backend, f: LowRank) -> Decomposed:
+    """The singular value decomposition of b @ a, without its scale."""
+    qb, core, qa = _core(xp, f.b.double(), f.a.double())
+    u, s, vh = xp.torch.linalg.svd(core, full_matrices=False)
+    return Decomposed(qb @ u, s, vh @ qa.T)
