@@ -5,6 +5,7 @@ torch: that is loaded when maths begins.
 """
 
 from adapterpack.check import Health, check
+from adapterpack.combine import Combination, combine
 from adapterpack.compress import compress
 from adapterpack.convert import Conversion, convert
 from adapterpack.errors import AdapterpackError
@@ -16,6 +17,7 @@ from adapterpack.version import __version__
 
 __all__ = [
     "AdapterpackError",
+    "Combination",
     "Conversion",
     "Health",
     "Inspection",
@@ -24,6 +26,7 @@ __all__ = [
     "Verification",
     "__version__",
     "check",
+    "combine",
     "compress",
     "convert",
     "inspect",

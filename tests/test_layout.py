@@ -32,7 +32,7 @@ LAYERS = [
         "layout",
         "lineage",
     },
-    {"inspect", "check", "convert", "compress", "resize", "verify", "merge"},
+    {"inspect", "check", "convert", "compress", "resize", "combine", "verify", "merge"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}
