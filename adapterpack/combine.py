@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.convert import Conversion, Measured, publish
 from adapterpack.errors import LossRefused, Unsupported, UsageError
 from adapterpack.methods import _lora_combining, _lora_resizing, lora
-from adapterpack.methods._keys import flag
+from adapterpack.methods._keys import PREFIX, flag
 from adapterpack.methods._lora_combining import DENSE, FACTORS, TYPES, Sum, Way
 from adapterpack.methods._lora_resizing import Cut
 from adapterpack.resize import ModuleRank, refuse_other_methods
@@ -155,10 +155,11 @@ def _notes(adapters: Sequence[Adapter], sums: Sequence[Sum], asked: str, way: Wa
         notes.append(f"the adapters name different bases: {', '.join(bases)}; the result names the first")
     if asked != way.kind:
         notes.append("PEFT combines a single adapter by linear, whatever is asked for; so does this")
+    if way.kind != "exact" and any(flag(a.config, "use_rslora") for a in adapters[:1]):
+        notes.append("PEFT leaves use_rslora on, which multiplies the result by the root of its rank; here it is off")
     if way.kind in (*FACTORS, *DENSE):
         notes.append(f"{way.kind} is not the sum of the changes; the error is its distance from that sum")
-    names = [s.name for s in sums]
-    if way.kind.startswith("dare") and not _lora_combining.draws_like_peft(names, adapters[0].config):
+    if way.kind.startswith("dare") and not _lora_combining.draws_like_peft(sums, adapters, way):
         notes.append("in which order PEFT draws for these modules is not known: it may keep other values than this")
     return tuple(notes)
 
@@ -270,7 +271,16 @@ def _replaced(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str
         adapted = any(module in a.modules for a in adapters)
         if adapted and not frozen and not all(module in a.modules for a, _, _ in own):
             raise Unsupported(f"one adapter replaces {target}, another adapts it: PEFT loads no adapter with both")
-    return {target: own[0][2] for target, own in found.items()}
+    modules = {m for a in adapters for m in a.modules}
+    return {target: tuple(_rekeyed(e, target, modules) for e in own[0][2]) for target, own in found.items()}
+
+
+def _rekeyed(entry: Replaced, target: str, modules: set[str]) -> Replaced:
+    """The bias of a module that another adapter adapts lies below its `base_layer` from now on."""
+    module = target.removesuffix(".bias")
+    if module == target or module not in modules or ".base_layer." in entry.param.key:
+        return entry
+    return replace(entry, param=Param(f"{PREFIX}{module}.base_layer.bias", entry.param.tensor))
 
 
 def _same(x: tuple[Replaced, ...], y: tuple[Replaced, ...]) -> bool:

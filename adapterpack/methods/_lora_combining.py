@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterpack import limits
 from adapterpack.adapter import Adapter, LowRank, Progress
+from adapterpack.architectures import CONV1D_NAMES
 from adapterpack.errors import Unsupported, WrongBase
 from adapterpack.methods import _lora_resizing, _lowrank, _model_order, _task_arithmetic
-from adapterpack.methods._keys import positive
+from adapterpack.methods._keys import flag, positive
 from adapterpack.methods._lora_modules import pattern_field
 from adapterpack.methods._lora_resizing import Cut, Part
 from adapterpack.tensor import F32, DType, Tensor
@@ -71,11 +72,13 @@ class Sum:
 
     Attributes:
         scale: That the result shall have.
+        transposed: Does the weight lie as (in, out)?
     """
 
     name: str
     summands: Sequence[Summand]
     scale: float
+    transposed: bool
 
     @property
     def part(self) -> Part:
@@ -124,7 +127,11 @@ def sums(adapters: Sequence[Adapter], weights: Sequence[float], kind: str) -> li
         if len(kinds) > 1:
             shapes = " and ".join(str(s.part.module.shape) for s in own)
             raise WrongBase(f"{name} has shapes {shapes}: the adapters are for different bases")
-    return [Sum(name, found[name], one) for name in sorted(found)]
+    conv1d = any(flag(a.config, "fan_in_fan_out") for a in adapters)
+    return [
+        Sum(name, own, one, own[0].part.module.embedding or (conv1d and name.rpartition(".")[2] in CONV1D_NAMES))
+        for name, own in sorted(found.items())
+    ]
 
 
 def combined(
@@ -222,13 +229,11 @@ def _by_dense_change(xp: Backend, s: Sum, way: Way, rank: int) -> Cut:
     deltas = []
     for x in s.summands:
         f = x.part.low_rank(xp)
-        delta = (f.b @ f.a) * f.scale
-        if x.part.module.convolution:
-            # PEFT's lies in memory as a convolution leaves it, and random numbers are drawn in that order.
-            shape = x.part.module.shape
-            delta = delta.reshape(shape).transpose(0, 1).contiguous().transpose(0, 1)
-        deltas.append(delta)
-    dense = _sum(xp, deltas, [x.weight for x in s.summands], way).flatten(start_dim=1)
+        delta = ((f.b @ f.a) * f.scale).reshape(x.part.module.shape)
+        # As the weight lies, for random numbers are drawn in its order.
+        deltas.append(delta.T if s.transposed else delta)
+    dense = _sum(xp, deltas, [x.weight for x in s.summands], way)
+    dense = dense.T if s.transposed else dense.flatten(start_dim=1)
     u, values, vh = xp.torch.linalg.svd(dense, full_matrices=False)
     return _padded(xp, s.part, u[:, :rank] * values[:rank], vh[:rank], rank)
 
@@ -272,7 +277,11 @@ def _draw_as_initialised(torch: Any, part: Part, rank: int, config: Mapping[str,
         torch.empty(a).uniform_()
 
 
-def draws_like_peft(names: Sequence[str], config: Mapping[str, Any]) -> bool:
+def draws_like_peft(every: Sequence[Sum], adapters: Sequence[Adapter], way: Way) -> bool:
     """Are PEFT's random numbers for these modules known?"""
-    init = str(config.get("init_lora_weights", True)).lower()
-    return _model_order.in_order(names)[1] and init in ("true", "false", "gaussian")
+    init = str(adapters[0].config.get("init_lora_weights", True)).lower()
+    known = _model_order.in_order([s.name for s in every])[1] and init in ("true", "false", "gaussian")
+    # One flag stands in a file for all layers; where it is false, it may hide a Conv1D behind a linear layer.
+    leaves = {s.name.rpartition(".")[2] in CONV1D_NAMES for s in every}
+    mixed = len(leaves) == 2 and not all(flag(a.config, "fan_in_fan_out") for a in adapters)
+    return known and not (mixed and way.kind in DENSE)

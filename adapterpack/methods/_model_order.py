@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 _GROUPS = (
     # Of a model: embeddings, then the body, then the head.
-    "shared embeddings embed_tokens wte word_embeddings token_embedding embed_in wpe embed_positions"
+    "shared embedder embeddings embed_tokens wte word_embeddings token_embedding embed_in wpe embed_positions"
     " position_embeddings token_type_embeddings project_out project_in text_model vision_model encoder decoder"
-    " transformer h layers layer block model bert roberta deberta distilbert gpt_neox"
+    " transformer h stages layers shortcut layer block model bert roberta deberta distilbert gpt_neox"
     " pooler pre_classifier classifier score lm_head proj_out embed_out qa_outputs visual_projection text_projection",
     # Of a layer.
     "self_attn attn attention self_attention encoder_attn EncDecAttention SelfAttention intermediate mlp ffn"
