@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ def resize(
         _, adapter = methods.parse(checkpoint)
         refuse_other_methods(adapter)
         xp = TorchBackend(device)
-        work = _Work.of(adapter, xp, progress)
+        work = _Work(adapter, list(_lora_resizing.parts(adapter)), xp, progress)
         if max_bytes is not None:
             new = work.cut(work.ranks_of_bytes(max_bytes, one_level))
         elif max_error is not None:
@@ -109,8 +109,9 @@ def resize(
         if new:
             lowered = _lora_resizing.rewritten(adapter, new)
             outcome = Outcome(lowered, Grade.APPROXIMATE, ("small singular values",), _notes(work.parts, new))
-        errors = _errors(work.parts, outcome.adapter, xp, progress)
-        found, total = max(errors.values(), default=0.0), work.total(errors)
+        losses = _losses(work.parts, outcome.adapter, xp, progress)
+        errors = {name: _lora_resizing.relative(loss) for name, loss in losses.items()}
+        found, total = max(errors.values()), _total(losses.values())
         if max_error is not None:
             refuse_loss(Measured(outcome.grade, total if one_level else found), max_error)
         if max_bytes is not None and size_of(render(outcome.adapter)) > max_bytes:
@@ -133,16 +134,26 @@ def _check_goal(rank: int | None, energy: float | None, max_error: float | None,
         raise UsageError("--max-error must be a number of 0 or more")
 
 
-def _errors(before: Sequence[Part], after: Adapter, xp: Backend, progress: Progress | None) -> dict[str, float]:
-    """The relative error of every module, measured on what is written: its factors, and the scale as stated."""
-    errors = {}
+Loss = tuple[float, float]
+"""Frobenius norms of the error of a module's change and of the change itself."""
+
+
+def _losses(before: Sequence[Part], after: Adapter, xp: Backend, progress: Progress | None) -> dict[str, Loss]:
+    """Measured on what is written: its factors, and the scale as stated."""
+    losses = {}
     for n, (old, new) in enumerate(zip(before, _lora_resizing.parts(after), strict=True)):
         if progress:
             progress("compare", n, len(before))
-        errors[old.name] = _lora_resizing.error(xp, old.low_rank(xp), new.low_rank(xp))
+        losses[old.name] = _lora_resizing.loss(xp, old.low_rank(xp), new.low_rank(xp))
     if progress:
         progress("compare", len(before), len(before))
-    return errors
+    return losses
+
+
+def _total(losses: Iterable[Loss]) -> float:
+    """Relative error of all changes together."""
+    lost, norms = zip(*losses, strict=True)
+    return _lora_resizing.relative((math.hypot(*lost), math.hypot(*norms)))
 
 
 def _notes(parts: Sequence[Part], new: Mapping[str, Cut]) -> tuple[str, ...]:
@@ -192,34 +203,22 @@ def refuse_other_methods(a: Adapter) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """The modules of an adapter and the singular values of their changes.
-
-    Attributes:
-        spectra: f64, descending, on the CPU; of each module.
-    """
+    """The modules of an adapter, and the singular values of their changes where a goal asks for them."""
 
     adapter: Adapter
     parts: Sequence[Part]
-    spectra: Sequence[Array]
     xp: Backend
     progress: Progress | None
 
-    @classmethod
-    def of(cls, a: Adapter, xp: Backend, progress: Progress | None) -> _Work:
-        found = list(_lora_resizing.parts(a))
-        spectra = []
-        for n, part in enumerate(found):
-            if progress:
-                progress("decompose", n, len(found))
-            spectra.append(_lowrank.singular_values(xp, part.low_rank(xp)).cpu())
-        if progress:
-            progress("decompose", len(found), len(found))
-        return cls(a, found, spectra, xp, progress)
+    @cached_property
+    def spectra(self) -> list[Array]:
+        """f64, descending, on the CPU; of each module."""
+        pairs = ((p, p.low_rank(self.xp)) for p in self._watched("decompose"))
+        return [_lowrank.singular_values(self.xp, f, p.name).cpu() for p, f in pairs]
 
     def ranks_of_rank(self, rank: int, one_level: bool) -> list[int]:
         if not one_level:
-            pairs = zip(self.parts, self.spectra, strict=True)
-            return [p.rank if rank >= p.rank else min(rank, len(values)) for p, values in pairs]
+            return [p.rank if rank >= p.rank else min(rank, p.most) for p in self.parts]
         total = rank * len(self.parts)
         return self._at(_last(0, self._most, lambda n: sum(self._at(n)) <= total))
 
@@ -251,14 +250,14 @@ class _Work:
     def within(self, max_error: float, one_level: bool) -> dict[str, Cut]:
         """New factors whose error, rounding counted in, is no more than that."""
         if not one_level:
-            found = {p.name: _lora_resizing.within(self.xp, p, max_error) for p in self._watched()}
+            found = {p.name: _lora_resizing.within(self.xp, p, max_error) for p in self._watched("cut")}
             return {name: new for name, new in found.items() if new is not None}
 
         def fits(n: int) -> bool:
             new = self.cut(self._at(n))
-            changed = (p for p in self.parts if p.name in new)
-            errors = {p.name: _lora_resizing.error_of(self.xp, p, new[p.name]) for p in changed}
-            return self.total(errors) <= max_error
+            lost = [_lora_resizing.loss_of(self.xp, p, new[p.name]) for p in self.parts if p.name in new]
+            norms = math.hypot(*(float(values.norm()) for values in self.spectra))
+            return _lora_resizing.relative((math.hypot(*(x for x, _ in lost)), norms)) <= max_error
 
         least = _lowrank.least_rank(self._level[0], max_error**2)
         n = _lora_resizing.first(least, self._most, fits)
@@ -267,30 +266,28 @@ class _Work:
     def cut(self, ranks: Sequence[int]) -> dict[str, Cut]:
         """New factors of every module whose rank is lowered. The others stay as they are, bit for bit."""
         lowered = {p.name: rank for p, rank in zip(self.parts, ranks, strict=True) if rank < p.rank}
-        return {p.name: _lora_resizing.cut(self.xp, p, lowered[p.name]) for p in self._watched() if p.name in lowered}
+        return {
+            p.name: _lora_resizing.cut(self.xp, p, lowered[p.name]) for p in self._watched("cut") if p.name in lowered
+        }
 
-    def total(self, errors: Mapping[str, float]) -> float:
-        """Relative error of all changes together, from the relative errors of modules."""
-        norms = [float(values.norm()) for values in self.spectra]
-        lost = math.hypot(*(errors.get(p.name, 0.0) * norm for p, norm in zip(self.parts, norms, strict=True)))
-        return lost / math.hypot(*norms) if lost else 0.0
-
-    def _watched(self) -> Iterator[Part]:
+    def _watched(self, what: str) -> Iterator[Part]:
         for n, part in enumerate(self.parts):
             if self.progress:
-                self.progress("cut", n, len(self.parts))
+                self.progress(what, n, len(self.parts))
             yield part
+        if self.progress:
+            self.progress(what, len(self.parts), len(self.parts))
 
     @property
     def _most(self) -> int:
-        return sum(len(values) for values in self.spectra)
+        return sum(p.most for p in self.parts)
 
     @cached_property
     def _level(self) -> tuple[Array, Array]:
         """The singular values of all modules, descending, and whose each one is."""
         torch = self.xp.torch
         values, order = torch.sort(torch.cat(list(self.spectra)), descending=True, stable=True)
-        counts = torch.tensor([len(v) for v in self.spectra])
+        counts = torch.tensor([p.most for p in self.parts])
         return values, torch.repeat_interleave(torch.arange(len(self.spectra)), counts)[order]
 
     def _at(self, n: int) -> list[int]:

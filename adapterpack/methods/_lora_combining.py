@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adapterpack import limits
 from adapterpack.adapter import Adapter, LowRank, Progress
 from adapterpack.architectures import CONV1D_NAMES
-from adapterpack.errors import Unsupported, WrongBase
+from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.methods import _lora_resizing, _lowrank, _model_order, _task_arithmetic
 from adapterpack.methods._keys import flag, positive
 from adapterpack.methods._lora_modules import pattern_field
@@ -141,6 +141,7 @@ def combined(
 
     Raises:
         Unsupported: PEFT could not combine them so either: ranks differ.
+        InvalidFile: a factor has NaN or infinite values.
     """
     rank = _peft_rank(adapters, way)
     by_name = {s.name: s for s in every}
@@ -155,7 +156,10 @@ def combined(
         for n, name in enumerate(order):
             if progress:
                 progress("combine", n, len(order))
-            yield by_name[name], _factors(xp, by_name[name], way, rank)
+            s = by_name[name]
+            if not all(xp.finite(xp.f32(t)) for x in s.summands for t in x.part.module.pair):
+                raise InvalidFile(f"{name} has NaN or infinite values")
+            yield s, _factors(xp, s, way, rank)
     if progress:
         progress("combine", len(order), len(order))
 
@@ -168,7 +172,7 @@ def _factors(xp: Backend, s: Sum, way: Way, rank: int) -> Cut:
         b = [xp.f32(x.part.module.pair[1]) for x in s.summands]
         return _padded(xp, s.part, xp.torch.cat(b, dim=1), xp.torch.cat(a, dim=0), rank)
     if way.kind == "svd":
-        full = _lowrank.decomposed(xp, s.exact(xp))
+        full = _lowrank.decomposed(xp, s.exact(xp), s.name)
         return _padded(xp, s.part, full.left[:, :rank] * full.values[:rank], full.right[:rank], rank)
     if way.kind in FACTORS:
         return _by_factor(xp, s, way)
@@ -179,7 +183,7 @@ def _exact(xp: Backend, s: Sum, rank: int | None) -> Cut:
     exact = s.exact(xp)
     dtypes = _common_dtypes(s)
     if rank is not None and rank < s.rank:
-        return _lora_resizing.stored(xp, s.part, *_lowrank.decomposed(xp, exact).at(rank), dtypes)
+        return _lora_resizing.stored(xp, s.part, *_lowrank.decomposed(xp, exact, s.name).at(rank), dtypes)
     new = []
     for values, dtype in ((exact.a, dtypes[0]), (exact.b, dtypes[1])):
         # A factor that 16 bits do not hold exactly makes B float32.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterpack.adapter import Adapter, LowRank, Param
-from adapterpack.errors import InvalidFile
 from adapterpack.methods import _lowrank
 from adapterpack.methods._keys import flag
 from adapterpack.methods._lora_modules import Module, Scaling, modules
@@ -45,15 +44,19 @@ class Part:
         return self.module.rank
 
     def low_rank(self, xp: Backend) -> LowRank:
-        """Its change, f32, (out, r) and (r, in); a convolution's kernel is part of the inputs.
-
-        Raises:
-            InvalidFile: a factor has NaN or infinite values.
-        """
+        """Its change, f32, (out, r) and (r, in); a convolution's kernel is part of the inputs."""
         a, b = (xp.f32(t) for t in self.module.pair)
-        if not (xp.finite(a) and xp.finite(b)):
-            raise InvalidFile(f"{self.name} has NaN or infinite values")
         return LowRank(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1), self.scale)
+
+    def decomposed(self, xp: Backend) -> _lowrank.Decomposed:
+        """Raises InvalidFile if a factor has NaN or infinite values."""
+        return _lowrank.decomposed(xp, self.low_rank(xp), self.name)
+
+    @property
+    def most(self) -> int:
+        """The number of its singular values: no rank above it adds anything."""
+        out, into = self.module.shape[0], math.prod(self.module.shape[1:])
+        return min(out, self.rank, into)
 
 
 def parts(a: Adapter) -> Iterator[Part]:
@@ -98,7 +101,7 @@ def shapes(part: Part, rank: int) -> tuple[Shape, Shape]:
 
 def cut(xp: Backend, part: Part, rank: int) -> Cut:
     """The best factors of that rank (min(out, r, in) at most), in the dtypes and at the scale that the module has."""
-    return stored(xp, part, *_lowrank.decomposed(xp, part.low_rank(xp)).at(rank), own_dtypes(part))
+    return stored(xp, part, *part.decomposed(xp).at(rank), own_dtypes(part))
 
 
 def stored(xp: Backend, part: Part, b: Array, a: Array, dtypes: tuple[DType, DType]) -> Cut:
@@ -113,19 +116,23 @@ def stored(xp: Backend, part: Part, b: Array, a: Array, dtypes: tuple[DType, DTy
     return Cut(*new)
 
 
-def error(xp: Backend, x: LowRank, y: LowRank) -> float:
-    """The relative Frobenius error of a change y that should be x, f64; 0 where they are the same."""
-    if _lowrank.same(xp, x, y):
-        return 0.0
-    difference, norm = _lowrank.distance(xp, x, y), _lowrank.norm(xp, x)
-    return difference / norm if norm else math.inf if difference else 0.0
+def loss(xp: Backend, x: LowRank, y: LowRank) -> tuple[float, float]:
+    """Frobenius norms, f64: of the difference of a change y from x, and of x."""
+    norm = _lowrank.norm(xp, x)
+    return (0.0 if _lowrank.same(xp, x, y) else _lowrank.distance(xp, x, y)), norm
 
 
-def error_of(xp: Backend, part: Part, new: Cut) -> float:
-    """The relative Frobenius error of a module's change, its dtype counted in."""
+def loss_of(xp: Backend, part: Part, new: Cut) -> tuple[float, float]:
+    """What new factors lose of a module's change, rounding counted in."""
     b, a = xp.f32(new.b), xp.f32(new.a)
-    cut_off = LowRank(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1), part.scale)
-    return error(xp, part.low_rank(xp), cut_off)
+    low = LowRank(b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1), part.scale)
+    return loss(xp, part.low_rank(xp), low)
+
+
+def relative(lost: tuple[float, float]) -> float:
+    """The first of them in parts of the second; 0 of 0 is 0."""
+    difference, norm = lost
+    return difference / norm if norm else math.inf if difference else 0.0
 
 
 def within(xp: Backend, part: Part, max_error: float) -> Cut | None:
@@ -133,7 +140,7 @@ def within(xp: Backend, part: Part, max_error: float) -> Cut | None:
 
     Rounding to 16 bits counts: where it alone is too much, float32 at the least rank may still be smaller.
     """
-    full = _lowrank.decomposed(xp, part.low_rank(xp))
+    full = part.decomposed(xp)
     least = _lowrank.least_rank(full.values, max_error**2)
     best: Cut | None = None
     for dtypes in dict.fromkeys((own_dtypes(part), (F32, F32))):
@@ -141,7 +148,9 @@ def within(xp: Backend, part: Part, max_error: float) -> Cut | None:
         def at(rank: int, dtypes: tuple[DType, DType] = dtypes) -> Cut:
             return stored(xp, part, *full.at(rank), dtypes)
 
-        rank = first(least, min(part.rank - 1, len(full.values)), lambda r: error_of(xp, part, at(r)) <= max_error)
+        rank = first(
+            least, min(part.rank - 1, len(full.values)), lambda r: relative(loss_of(xp, part, at(r))) <= max_error
+        )
         if rank is not None:
             bound = sum(t.nbytes for t in part.module.pair) if best is None else best.nbytes
             made = at(rank)
