@@ -24,7 +24,7 @@ from test_resize import write
 from transformers.pytorch_utils import Conv1D
 
 import adapterpack
-from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
+from adapterpack.errors import InvalidFile, LossRefused, Unsupported, UsageError, WrongBase
 from adapterpack.methods import _model_order
 
 KINDS = {
@@ -405,6 +405,16 @@ def test_biases_and_token_rows_of_one_adapter_are_kept(two, files, tmp_path: Pat
         adapterpack.combine(sources, tmp_path / str(n), weights=(1, 2))
         assert_loads_in_peft(None, base, tmp_path / str(n))
         assert_is_the_sum(base, tmp_path / str(n), sources, (1, 2), files)
+
+
+@pytest.mark.parametrize("kind", ["exact", "linear", "svd"])
+def test_nan_is_refused(kind, workshop, files, tmp_path: Path) -> None:
+    adapter, _ = workshop.pair("linear-llama")
+    key = next(k for k in files.tensors(adapter) if "lora_A" in k)
+    broken = files.edited(adapter, tmp_path / "n", {key: files.tensors(adapter)[key] * float("nan")})
+    with pytest.raises(InvalidFile, match="NaN"):
+        adapterpack.combine([adapter, broken], tmp_path / "c", type=kind)
+    assert not (tmp_path / "c").exists()
 
 
 def test_adapters_of_other_bases(workshop, files, tmp_path: Path) -> None:
