@@ -5,30 +5,36 @@ torch: that is loaded when maths begins.
 """
 
 from adapterpack.check import Health, check
+from adapterpack.combine import Combination, combine
 from adapterpack.compress import compress
 from adapterpack.convert import Conversion, convert
 from adapterpack.errors import AdapterpackError
 from adapterpack.extract import ExtractedModule, Extraction, extract
 from adapterpack.inspect import Inspection, inspect
 from adapterpack.merge import Merge, merge
+from adapterpack.resize import Resizing, resize
 from adapterpack.verify import Verification, verify
 from adapterpack.version import __version__
 
 __all__ = [
     "AdapterpackError",
+    "Combination",
     "Conversion",
     "ExtractedModule",
     "Extraction",
     "Health",
     "Inspection",
     "Merge",
+    "Resizing",
     "Verification",
     "__version__",
     "check",
+    "combine",
     "compress",
     "convert",
     "extract",
     "inspect",
     "merge",
+    "resize",
     "verify",
 ]

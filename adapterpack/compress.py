@@ -25,7 +25,7 @@ from adapterpack.convert import (
     refuse_loss,
 )
 from adapterpack.errors import UsageError
-from adapterpack.methods import lora
+from adapterpack.methods import _lora_resizing
 from adapterpack.methods._keys import render
 from adapterpack.tensor import BF16, F16
 
@@ -162,4 +162,4 @@ def _candidates(start: Outcome, request: Request) -> Iterator[Outcome]:
 
 def _lower_rank(a: Adapter, request: Request, max_error: float) -> Adapter | None:
     """Plain LoRA with each module at the least rank that keeps it within `max_error`."""
-    return lora.truncated(a, request, max_error) if a.method == "lora" else None
+    return _lora_resizing.truncated(a, request.xp, max_error) if a.method == "lora" else None

@@ -38,7 +38,7 @@ LAYERS = [
         "svd",
         "initial",
     },
-    {"inspect", "check", "convert", "compress", "verify", "merge", "extract"},
+    {"inspect", "check", "convert", "compress", "resize", "combine", "extract", "verify", "merge"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}

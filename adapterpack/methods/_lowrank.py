@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterpack.adapter import LowRank
+from adapterpack.errors import InvalidFile
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
 
 
-def _core(xp: Backend, b: Array, a: Array) -> tuple[Array, Array, Array]:
-    """(Qb, R, Qa) with b @ a == Qb @ R @ Qa.T; R is small."""
-    qb, rb = xp.torch.linalg.qr(b)
-    qa, ra = xp.torch.linalg.qr(a.T)
-    return qb, rb @ ra.T, qa
+def _middle(xp: Backend, b: Array, a: Array) -> Array:
+    """Small, with the singular values of b @ a: R of b times R of a, transposed."""
+    qr = xp.torch.linalg.qr
+    return qr(b, mode="r")[1] @ qr(a.T, mode="r")[1].T
 
 
 def norm(xp: Backend, f: LowRank) -> float:
     """Frobenius norm of scale * b @ a."""
-    return abs(f.scale) * float(_core(xp, f.b.double(), f.a.double())[1].norm())
+    return abs(f.scale) * float(_middle(xp, f.b.double(), f.a.double()).norm())
 
 
 def same(xp: Backend, x: LowRank, y: LowRank) -> bool:
@@ -32,21 +33,65 @@ def distance(xp: Backend, x: LowRank, y: LowRank) -> float:
     """Frobenius norm of the difference of two changes of one shape, from QR of the stacked factors."""
     b = xp.torch.cat([x.b.double() * x.scale, y.b.double() * -y.scale], dim=1)
     a = xp.torch.cat([x.a.double(), y.a.double()], dim=0)
-    return float(_core(xp, b, a)[1].norm())
+    return float(_middle(xp, b, a).norm())
 
 
-def truncate(xp: Backend, f: LowRank, max_error: float) -> tuple[Array, Array]:
-    """The least rank whose relative Frobenius error is at most `max_error`, and the best factors of it.
+def singular_values(xp: Backend, f: LowRank, name: str) -> Array:
+    """Those of scale * b @ a, f64, descending: min(out, r, in) of them.
 
-    Returns:
-        (b, a) in f32 with f.scale * b @ a near f.scale * f.b @ f.a; the rank is at least 1. The error is
-        the optimum (Eckart and Young 1936): that of the dropped singular values.
+    Args:
+        name: Of the module, for the error.
+
+    Raises:
+        InvalidFile: a factor has NaN or infinite values.
     """
-    qb, core, qa = _core(xp, f.b.double(), f.a.double())
-    u, s, vh = xp.torch.linalg.svd(core)
-    energy = (s**2).sum()
+    middle = _middle(xp, f.b.double(), f.a.double())
+    return xp.torch.linalg.svdvals(_finite(xp, middle, name)) * abs(f.scale)
+
+
+def _finite(xp: Backend, middle: Array, name: str) -> Array:
+    if not xp.finite(middle):
+        raise InvalidFile(f"{name} has NaN or infinite values")
+    return middle
+
+
+def least_rank(values: Array, lost: float) -> int:
+    """The least rank, 1 at least, that loses no more than this fraction of the squared singular values.
+
+    Args:
+        values: Descending, f64.
+    """
     # tail[k]: what is lost when k singular values are kept.
-    tail = (s**2).flip(0).cumsum(0).flip(0)
-    kept = int((tail > max_error**2 * energy).sum()) or 1
-    root = s[:kept].sqrt()
-    return (qb @ u[:, :kept] * root).float(), ((root[:, None] * vh[:kept]) @ qa.T).float()
+    tail = (values**2).flip(0).cumsum(0).flip(0)
+    return int((tail > lost * (values**2).sum()).sum()) or 1
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A change as its singular vectors and values, f64.
+
+    Attributes:
+        left: (out, k).
+        values: (k,), descending, without the scale.
+        right: (k, in).
+    """
+
+    left: Array
+    values: Array
+    right: Array
+
+    def at(self, rank: int) -> tuple[Array, Array]:
+        """The best factors (b, a) of that rank, k at most: (out, rank) and (rank, in).
+
+        The error of their product is the optimum (Eckart and Young 1936), that of the dropped singular values.
+        """
+        root = self.values[:rank].sqrt()
+        return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+
+
+def decomposed(xp: Backend, f: LowRank, name: str) -> Decomposed:
+    """The singular value decomposition of b @ a, without its scale; see `singular_values` for the error."""
+    qb, rb = xp.torch.linalg.qr(f.b.double())
+    qa, ra = xp.torch.linalg.qr(f.a.double().T)
+    u, s, vh = xp.torch.linalg.svd(_finite(xp, rb @ ra.T, name), full_matrices=False)
+    return Decomposed(qb @ u, s, vh @ qa.T)

@@ -27,7 +27,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported
-from adapterpack.methods import _joined, _lowrank, _parameters
+from adapterpack.methods import _joined, _parameters
 from adapterpack.methods._changes import LowRankChange, VectorChange, replacements
 from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._dora import DoraChange
@@ -248,48 +248,6 @@ def from_factors(
         metadata={k: v for k, v in a.metadata.items() if k != "adapterpack"},
         changed=True,
     )
-
-
-def truncated(a: Adapter, request: Request, max_error: float) -> Adapter | None:
-    """Every module at the least rank that keeps its change within `max_error` (relative, Frobenius).
-
-    None for DoRA, whose change is no product, for bare parameters, and where no rank can be lowered.
-    """
-    if flag(a.config, "use_dora") or a.parameters:
-        return None
-    params = {name: dict(p) for name, p in a.modules.items()}
-    made: dict[str, tuple[int, float]] = {}
-    for change in changes(a, request):
-        if not isinstance(change, LowRankChange | ConvolutionChange):
-            continue
-        factors = change.load(request.xp).low_rank()
-        assert factors is not None
-        b, a_factor = _lowrank.truncate(request.xp, factors, max_error)
-        made[change.module] = b.shape[1], change.scale
-        own = params[change.module]
-        names = ("lora_A", "lora_B") if "lora_A" in own else ("lora_embedding_A", "lora_embedding_B")
-        rank = b.shape[1]
-        old_a, old_b = (own[name] for name in names)
-        # As they were, a convolution's with its kernel.
-        for name, old, values in (
-            (names[0], old_a, a_factor.reshape(rank, *old_a.tensor.shape[1:])),
-            (names[1], old_b, b.reshape(-1, rank, *old_b.tensor.shape[2:])),
-        ):
-            own[name] = Param(old.key, request.xp.tensor(values))
-    if all(rank >= old for (rank, _), old in zip(made.values(), ranks(a).values(), strict=True)):
-        return None
-    most = max(rank for rank, _ in made.values())
-    scale = next(iter(made.values()))[1]
-    config = {
-        **a.config,
-        "r": most,
-        "lora_alpha": scale * most,
-        "use_rslora": False,
-        # Anchored: `(.*\.)?(^path)$` matches this module and none that merely ends like it.
-        "rank_pattern": {f"^{m}": rank for m, (rank, _) in made.items() if rank != most},
-        "alpha_pattern": {f"^{m}": s * rank for m, (rank, s) in made.items() if (s, rank) != (scale, most)},
-    }
-    return replace(a, config=config, modules=params, changed=True)
 
 
 def _same(a: Adapter, request: Request) -> Outcome:
