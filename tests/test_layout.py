@@ -31,6 +31,8 @@ LAYERS = [
         "arithmetic", "shards", "base_files",
         "layout",
         "lineage",
+        "engines", "engine_rules", "serving",
+        "onescale", "extras", "projections", "peft_versions",
     },
     {"inspect", "check", "convert", "compress", "verify", "merge"},
     {"cli"},
