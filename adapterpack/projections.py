@@ -77,7 +77,13 @@ def relay(a: Adapter, layout: str, base: Base | None) -> Relaid:
         wanted = PARTS if layout == "split" else dict.fromkeys((*_QKV, *_GATES))
         raise Unsupported(f"there is nothing to do: no module is {', '.join(wanted)}")
     done = f"{count} fused projections were split" if layout == "split" else f"{count} projections were fused"
-    return Relaid(new, back(new, rows)[0], (done,))
+    return Relaid(new, _same_modules(back(new, rows)[0], a), (done,))
+
+
+def _same_modules(back: Adapter, a: Adapter) -> Adapter:
+    """Without the parts that `a` does not adapt: on the way back they have zeros in B, and change nothing."""
+    params = {m: p for m, p in back.modules.items() if m in a.modules or p["lora_B"].tensor.numpy().any()}
+    return replace(back, modules=params)
 
 
 @dataclass(frozen=True)
