@@ -125,12 +125,23 @@ def is_copy(a: Adapter, target: str, base: Base) -> bool:
 
 def saved_modules(serves: frozenset[str], f: Facts) -> Found:
     """Modules that are saved whole, but for one of those that the engine serves."""
-    saved = f.config.get("modules_to_save")
-    names = {str(s) for s in saved} if isinstance(saved, list) else set()
-    names |= {t.split(".")[-2] for t in f.replaced("module")}
+    names = _saved_names(f)
     other = sorted(names - serves) or (sorted(names) if len(names) > 1 else [])
     if other:
         yield "modules_to_save", f"{', '.join(other)}: replaced as a whole"
+
+
+def saved_norms(norms: bool, f: Facts) -> Found:
+    """Norms that are saved whole; or, with `norms` false, what else is."""
+    found = sorted(n for n in _saved_names(f) if ("norm" in n) == norms)
+    if found:
+        yield "modules_to_save", f"{', '.join(found)}: replaced as a whole"
+
+
+def _saved_names(f: Facts) -> set[str]:
+    saved = f.config.get("modules_to_save")
+    names = {str(s) for s in saved} if isinstance(saved, list) else set()
+    return names | {t.split(".")[-2] for t in f.replaced("module")}
 
 
 def misread(reads: Callable[[Facts, Module], float], f: Facts) -> Found:

@@ -233,9 +233,12 @@ def _llamacpp() -> Engine:
             Rule(
                 "modules-to-save",
                 REJECTED,
-                f"{where}; norms: ignored by the engine; llama.cpp#11554, #9948",
-                _saved,
+                f"{where}; llama.cpp#11554, #9948",
+                partial(rules.saved_norms, False),
                 _EXTRA,
+            ),
+            Rule(
+                "saved-norms", IGNORED, "llama-adapter.cpp: *_norm.weight", partial(rules.saved_norms, True), _EXTRA
             ),
             Rule("saved-embeddings", IGNORED, where, rules.saved_embeddings, _EXTRA),
             Rule("token-rows", REJECTED, where, rules.tokens, _EXTRA),
