@@ -53,16 +53,22 @@ class Facts:
 
     def replaced(self, kind: str) -> list[str]:
         """Base tensors with new values, of one kind."""
-        return [t for t, entries in self.adapter.replaced.items() if any(kind_of(t, e) == kind for e in entries)]
+        return [
+            t
+            for t, entries in self.adapter.replaced.items()
+            if any(kind_of(t, e, self.config) == kind for e in entries)
+        ]
 
 
-def kind_of(target: str, entry: Replaced) -> str:
+def kind_of(target: str, entry: Replaced, config: Mapping[str, Any]) -> str:
     """What a replaced tensor is: `tokens` (rows), `embeddings` (under LoRA, saved with it), `bias` or `module`."""
     if entry.rows is not None:
         return "tokens"
     if ".base_layer.weight" in entry.param.key:
         return "embeddings"
-    return "bias" if target.endswith(".bias") and ".modules_to_save." not in entry.param.key else "module"
+    saved = config.get("modules_to_save")
+    whole = isinstance(saved, list) and any(f".{name}." in f".{target}" for name in saved)
+    return "bias" if target.endswith(".bias") and not whole else "module"
 
 
 Found = Iterable[tuple[str, str]]

@@ -136,7 +136,7 @@ def _sglang() -> Engine:
     return Engine(
         name="sglang",
         version="0.5.23",
-        proof="run: LoRAConfig; the rest read",
+        proof="read",
         command="python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank}"
         " --lora-paths {name}={path}",
         drops=("added_tokens.json",),

@@ -61,7 +61,7 @@ def without_copies(a: Adapter, base: Base | None) -> tuple[Adapter, list[str]]:
     if base is None or not base.tensors:
         return a, []
     base.bind(a.targets())
-    copies = [t for t, e in a.replaced.items() if kind_of(t, e[0]) == "embeddings" and is_copy(a, t, base)]
+    copies = [t for t, e in a.replaced.items() if kind_of(t, e[0], a.config) == "embeddings" and is_copy(a, t, base)]
     if not copies:
         return a, []
     return replace(a, replaced={t: e for t, e in a.replaced.items() if t not in copies}, changed=True), copies

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def prepare(engine: Engine, source: Adapter, plain: Outcome, extra: str, base: B
     reference = replace(source, replaced=a.replaced)
     taken: extras.Entries = {}
     if extra != "refuse":
-        a, taken = extras.take(a, lambda target, e: _served(engine, target, e))
+        a, taken = extras.take(a, partial(_served, engine, a.config))
         reference = replace(source, replaced=a.replaced)
     dropped = [*plain.dropped, *(f"{target}: equal to the base's" for target in copies)]
     dropped += [*(f"{key}: no rule knows it, PEFT does not load it" for key in a.extra)]
@@ -83,8 +85,8 @@ def prepare(engine: Engine, source: Adapter, plain: Outcome, extra: str, base: B
     return Prepared(outcome, reference, comparable, error)
 
 
-def _served(engine: Engine, target: str, entry: Replaced) -> bool:
-    return kind_of(target, entry) in engine.keeps or target.split(".")[-2] in engine.saves
+def _served(engine: Engine, config: Mapping[str, Any], target: str, entry: Replaced) -> bool:
+    return kind_of(target, entry, config) in engine.keeps or target.split(".")[-2] in engine.saves
 
 
 def _config(engine: Engine, a: Adapter) -> Adapter:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -270,11 +272,14 @@ REFUSED: Mapping[str, tuple[dict[str, Any], dict[str, str]]] = {
     "some-layers": ({"layers_to_transform": [1]}, {"tgi": "some-layers", "lorax": "some-layers"}),
     "half-attention": ({"target_modules": ["q_proj", "k_proj"]}, {"sglang": "attention"}),
     "embedding": ({"target_modules": ["embed_tokens"]}, {"tgi": "embedding", "lorax": "embedding"}),
-    "parameters": ({"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj", "q_proj"]}, {}),
+    "parameters": (
+        {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["gate_proj.weight"]},
+        {"vllm": "target-parameters", "llamacpp": "target-parameters", "peft==0.10": "lost-field"},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [n for n, (_, e) in REFUSED.items() if e])
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_served_is_refused_and_found(tmp_path: Path, name: str) -> None:
     fields, by = REFUSED[name]
     base, source = _adapter(tmp_path, "a", LoraConfig(**{**LORA, **fields}), bias=True)
@@ -326,7 +331,7 @@ def test_keys_with_the_adapter_s_name_and_stale_files_are_mended(tmp_path: Path,
 def test_vllm_keeps_a_classifier(tmp_path: Path, files: Any) -> None:
     """The one kind of module that it serves whole; two of them it does not."""
     _, source = _adapter(tmp_path, "a", LoraConfig(**LORA))
-    head = {"base_model.model.score.weight": torch.ones(3, 64)}
+    head = {"base_model.model.score.weight": torch.ones(3, 64), "base_model.model.score.bias": torch.ones(3)}
     one = files.edited(
         source, tmp_path / "one", head, {"modules_to_save": ["score"], "base_model_name_or_path": None}
     )
@@ -402,3 +407,21 @@ def test_the_readme_has_every_engine() -> None:
     section = text[text.index("### For serving engines") :]
     for name in engines.ENGINES:
         assert f"`{name}`" in section
+
+
+def test_the_command_line(place: Path, tmp_path: Path) -> None:
+    def call(*words: str) -> tuple[int, dict[str, Any]]:
+        command = [sys.executable, "-m", "adapterpack", *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout)
+
+    code, said = call("check", str(place / "rslora"), "--for", "sglang")
+    assert code == 3 and [f["code"] for f in said["findings"]] == ["scale"]
+    assert "1.73" in said["findings"][0]["message"] or "0.577" in said["findings"][0]["message"]
+    code, said = call("convert", str(place / "rslora"), str(tmp_path / "out"), "--for", "sglang")
+    assert code == 0 and "--lora-paths out=" in said["serve"] and said["grade"] == "equivalent"
+    assert call("check", str(tmp_path / "out"), "--for", "sglang")[0] == 0
+    assert call("convert", str(place / "plain"), str(tmp_path / "x"), "--for", "vllm", "--to", "topk")[0] == 2
+    assert call("convert", str(place / "plain"), str(tmp_path / "x"), "--dtype", "bf16", "--extra", "fold")[0] == 2
+    code, _ = call("convert", str(place / "alpha-odd-bf16"), str(tmp_path / "x"), "--for", "vllm", "--dtype", "bf16")
+    assert code == 4
