@@ -14,6 +14,8 @@ from typing import Any
 from adapterpack import architectures, peft_versions
 from adapterpack.adapter import Adapter, Replaced
 from adapterpack.base import Base
+from adapterpack.errors import InvalidFile
+from adapterpack.methods._keys import positive
 from adapterpack.methods._lora_modules import Module, Scaling, modules
 
 
@@ -166,18 +168,25 @@ def misread(reads: Callable[[Facts, Module], float], f: Facts) -> Found:
 
 def alpha_over_r(f: Facts, m: Module) -> float:
     """One factor for all modules, rsLoRA unknown."""
-    return float(f.config.get("lora_alpha", 8)) / int(f.config.get("r", 8))
+    return _alpha(f) / positive(f.config, "r", 8)
 
 
 def alpha_over_own_rank(f: Facts, m: Module) -> float:
     """By the rank of each tensor, patterns and rsLoRA unknown."""
-    return float(f.config.get("lora_alpha", 8)) / m.rank
+    return _alpha(f) / m.rank
 
 
 def global_with_rslora(f: Facts, m: Module) -> float:
     """One factor for all modules, by r of the config."""
-    r = int(f.config.get("r", 8))
-    return float(f.config.get("lora_alpha", 8)) / (math.sqrt(r) if f.on("use_rslora") else r)
+    r = positive(f.config, "r", 8)
+    return _alpha(f) / (math.sqrt(r) if f.on("use_rslora") else r)
+
+
+def _alpha(f: Facts) -> float:
+    alpha = f.config.get("lora_alpha", 8)
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise InvalidFile(f"lora_alpha in adapter_config.json is {alpha!r:.60}; a finite number is wanted")
+    return float(alpha)
 
 
 def mixed_ranks(f: Facts) -> Found:

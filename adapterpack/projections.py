@@ -46,6 +46,10 @@ _BY_HEADS = {"gpt_neox", "bloom"}
 """Whose query_key_value has for each head its rows of q, k and v: (heads, 3, head size)."""
 
 
+_MOST_ROWS = 2**22
+"""More than any layer has: what a config.json says is not believed beyond it."""
+
+
 @dataclass(frozen=True)
 class Relaid:
     """An adapter in another layout.
@@ -109,18 +113,21 @@ class _Rows:
             half = self._number("intermediate_size", "ffn_hidden_size")
             return [np.arange(half), np.arange(half, 2 * half)]
         heads = self._number("num_attention_heads", "n_head")
-        size = self.config.get("head_dim") or self._number("hidden_size", "n_embd") // heads
+        hidden = self._number("hidden_size", "n_embd")
+        size = self._number("head_dim") if self.config.get("head_dim") else hidden // heads
+        if heads * size > _MOST_ROWS:
+            raise WrongBase(f"config.json of the base says {heads} heads of {size}")
         if model_type in _BY_HEADS:
             by_head = np.arange(heads * 3 * size).reshape(heads, 3, size)
             return [by_head[:, part].reshape(-1) for part in range(3)]
-        kv = (self.config.get("num_key_value_heads") or heads) * size
+        kv = (self._number("num_key_value_heads") if self.config.get("num_key_value_heads") else heads) * size
         ends = np.cumsum([0, heads * size, kv, kv])
         return [np.arange(ends[n], ends[n + 1]) for n in range(3)]
 
     def _number(self, *names: str) -> int:
         for name in names:
             value = self.config.get(name)
-            if type(value) is int and 0 < value < 2**24:
+            if type(value) is int and 0 < value <= _MOST_ROWS:
                 return value
         raise WrongBase(f"config.json of the base does not say {' or '.join(names)}")
 

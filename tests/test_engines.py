@@ -425,3 +425,27 @@ def test_the_command_line(place: Path, tmp_path: Path) -> None:
     assert call("convert", str(place / "plain"), str(tmp_path / "x"), "--dtype", "bf16", "--extra", "fold")[0] == 2
     code, _ = call("convert", str(place / "alpha-odd-bf16"), str(tmp_path / "x"), "--for", "vllm", "--dtype", "bf16")
     assert code == 4
+
+
+SENSELESS: list[tuple[str, Any]] = [
+    *(("r", v) for v in ("4", 0, None)),
+    *(("lora_alpha", v) for v in ("x", None, [])),
+    *(("target_modules", v) for v in (7, [3], None)),
+    ("modules_to_save", [1]),
+    ("base_model_name_or_path", 5),
+    ("bias", {}),
+    ("rank_pattern", 3),
+]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp", "lorax", "peft==0.10"])
+@pytest.mark.parametrize("field, value", SENSELESS)
+def test_senseless_configs_give_our_own_errors(
+    place: Path, tmp_path: Path, files: Any, field: str, value: Any, engine: str
+) -> None:
+    bad = files.edited(place / "plain", tmp_path / "bad", config={field: value})
+    adapterpack.check(bad, engine=engine)
+    try:
+        adapterpack.convert(bad, tmp_path / "out", engine=engine)
+    except adapterpack.AdapterpackError as e:
+        assert e.message
