@@ -33,6 +33,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)  ## side-by-side measurements; prints tables for benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/vblora_topk.py
+	$(BIN)/python benchmarks/merge.py
 
 clean:
 	rm -rf $(VENV) demo-out build dist

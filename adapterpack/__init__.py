@@ -8,6 +8,7 @@ from adapterpack.check import Health, check
 from adapterpack.compress import compress
 from adapterpack.convert import Conversion, convert
 from adapterpack.errors import AdapterpackError
+from adapterpack.extract import ExtractedModule, Extraction, extract
 from adapterpack.inspect import Inspection, inspect
 from adapterpack.merge import Merge, merge
 from adapterpack.verify import Verification, verify
@@ -16,6 +17,8 @@ from adapterpack.version import __version__
 __all__ = [
     "AdapterpackError",
     "Conversion",
+    "ExtractedModule",
+    "Extraction",
     "Health",
     "Inspection",
     "Merge",
@@ -24,6 +27,7 @@ __all__ = [
     "check",
     "compress",
     "convert",
+    "extract",
     "inspect",
     "merge",
     "verify",

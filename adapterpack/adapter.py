@@ -8,6 +8,7 @@ cases for weights, biases, embedding rows and replaced tensors.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -180,8 +181,11 @@ class Adapter:
 
     def targets(self) -> list[str]:
         """The base tensors that it names: the weight of each module, and what is replaced."""
-        weights = (t for m in self.modules for t in self.parameters.get(m, (f"{m}.weight",)))
-        return list(dict.fromkeys((*weights, *self.replaced)))
+        weights = [f"{m}.weight" for m in self.modules if m not in self.parameters]
+        # Where more could be meant than there are, only the base's shapes tell.
+        levels = Counter(self.parameters.values())
+        wrapped = [name for names, n in levels.items() if len(names) == n for name in names]
+        return list(dict.fromkeys((*weights, *wrapped, *self.replaced)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by key, `extra` too."""

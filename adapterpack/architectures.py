@@ -36,6 +36,25 @@ def is_conv1d(config: Config, module: str) -> bool | None:
     return str(config.get("model_type")) in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D_NAMES
 
 
+_BODIES = {
+    **dict.fromkeys(("gpt2", "openai-gpt", "gptj", "gpt_neo", "gpt_bigcode", "falcon", "bloom"), "transformer"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "roberta"),
+    **{name: name for name in ("bert", "electra", "distilbert", "gpt_neox")},
+    **dict.fromkeys(
+        ("opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "phi", "phi3"),
+        "model",
+    ),
+}
+"""What models with a head call the body below it: `base_model_prefix` in transformers."""
+
+
+def body(config: Config) -> str | None:
+    """The name that the body has in the model's class; None if it has no head, or is not known."""
+    said = config.get("architectures")
+    name = str(said[0]) if isinstance(said, list) and said else ""
+    return _BODIES.get(str(config.get("model_type"))) if "For" in name or "LMHead" in name else None
+
+
 def text_config(config: Config) -> Config:
     """The language model's part of a config that has parts."""
     part = config.get("text_config")

@@ -208,11 +208,11 @@ class Base:
 
     def on_disk(self, target: str) -> str | None:
         """The name on disk of a tensor that the adapter calls `target`; None if it is not there."""
-        return self._names.on_disk(target) or self._experts.renamed(target)
+        return self._names.on_disk(target) or self._experts.renamed(self._names.moved(target))
 
     def apart(self, target: str) -> experts.Apart | None:
         """How a parameter that is fused in the model lies apart on disk; None if it does not."""
-        return None if self.on_disk(target) else self._experts.apart(target)
+        return None if self.on_disk(target) else self._experts.apart(self._names.moved(target))
 
     @property
     def name_notes(self) -> list[str]:
@@ -312,7 +312,7 @@ class Base:
         return self.tensor(tensor).shape if apart is None else apart.shape
 
     def inside(self, tensor: str) -> experts.Inside | None:
-        return None if not self.tensors or self.on_disk(tensor) else self._experts.inside(tensor)
+        return None if not self.tensors or self.on_disk(tensor) else self._experts.inside(self._names.moved(tensor))
 
     def conv1d(self, module: str) -> bool | None:
         return architectures.is_conv1d(self.config, module)

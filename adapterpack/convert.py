@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterpack import card, casting, containers, engines, hub, methods, projections, serving
+from adapterpack import card, casting, containers, engines, hub, initial, methods, projections, serving
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -26,6 +26,7 @@ from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
 from adapterpack.methods._keys import render
+from adapterpack.methods._lora_variants import moved_base
 from adapterpack.tensor import CASTABLE, DType
 from adapterpack.verify import compare, worst
 
@@ -70,6 +71,7 @@ def convert(
     layout: str | None = None,
     base: str | Path | None = None,
     base_dtype: str | None = None,
+    init: str | Path | None = None,
     max_error: float | None = None,
     warm_start: bool = False,
     device: str = "cpu",
@@ -86,14 +88,14 @@ def convert(
         destination: The new PEFT directory.
         to: Encoding (`full-logits`, `topk`, `projection`, `seed`) or method (`lora`).
         dtype: `float32`, `bfloat16` or `float16` for the parameters.
-        engine: Plain LoRA that this engine reads as PEFT does: `vllm`, `sglang`, `tgi`, `lorax`, `llamacpp`, `peft`
-            or an older one, `peft==0.10`.
+        engine: Plain LoRA that this engine reads as PEFT does, `vllm`, `peft==0.10`; the others are in `engines`.
         extra: What becomes of that which the engine has no place for: `refuse` the adapter, `split` it off into files
             of its own, `fold` it into LoRA where that is exact (with `base`).
         layout: `split` or `fused` projections: q, k, v; gate, up.
         base: Where the base's shapes are to be had; its weights are read only where the change depends on them
             (a cast of DoRA, `fold`).
         base_dtype: The dtype of the base in training, where `base` does not tell.
+        init: With `lora`: the adapter as it was before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
         max_error: The largest relative error allowed; None: nothing beyond `equivalent`.
         warm_start: With `full-logits`: make up the logits that a top-k file lacks.
         dry_run: Measure only; nothing is written.
@@ -104,15 +106,19 @@ def convert(
         WrongBase: it needs the base's shapes, or they do not fit.
         DestinationExists, UsageError, WriteFailed: see `io.atomic`.
     """
-    _check_wishes(to, dtype, engine, extra, layout, warm_start)
+    _check_wishes(to, dtype, engine, extra, layout, warm_start, init)
     reader = None if engine is None else engines.named(engine)
     target = Path(destination).expanduser()
-    protected = inputs(source, base)
+    protected = inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(
             containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
         )
+        if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
+            outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
+            refuse_loss(measured, max_error)
+            return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
         method, adapter = methods.parse(checkpoint)
         if to is None and (reader or layout) and adapter.method != "lora":
             to = "lora"
@@ -138,7 +144,13 @@ def convert(
 
 
 def _check_wishes(
-    to: str | None, dtype: str | None, engine: str | None, extra: str, layout: str | None, warm_start: bool
+    to: str | None,
+    dtype: str | None,
+    engine: str | None,
+    extra: str,
+    layout: str | None,
+    warm_start: bool,
+    init: str | Path | None,
 ) -> None:
     """Raise UsageError for wishes that do not go together."""
     if to is None and dtype is None and engine is None and layout is None:
@@ -147,6 +159,10 @@ def _check_wishes(
         )
     if warm_start and to != "full-logits":
         raise UsageError("--warm-start goes with --to full-logits")
+    if init is not None and to != "lora":
+        raise UsageError("--init goes with --to lora")
+    if init is not None and (engine is not None or layout is not None):
+        raise UsageError("--init does not go with --for and --layout", hint="first --to lora --init")
     if to not in (None, "lora") and (engine is not None or layout is not None):
         raise UsageError(f"--to {to} does not go with --for and --layout: they write plain LoRA")
     if extra != "refuse" and engine is None:
@@ -207,9 +223,36 @@ class _Steps:
         return measured
 
 
-def inputs(source: str | Path, base: str | Path | None) -> tuple[Path, ...]:
+def _without_start(
+    trained: Checkpoint,
+    init: str | Path | None,
+    base: str | Path | None,
+    dtype: str | None,
+    device: str,
+    stack: ExitStack,
+) -> tuple[Outcome, Measured]:
+    """Plain LoRA of an adapter that began with a part of the base; see `initial`."""
+    model = None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
+    if init is None and model is None:
+        raise initial.refuse(trained)
+    xp, error = TorchBackend(device), 0.0
+    if init is not None:
+        start = stack.enter_context(containers.open_checkpoint(init))
+        outcome = initial.without_start(trained, start, xp, model)
+    else:
+        assert model is not None
+        outcome, error = initial.without_own_start(trained, model, xp)
+    plain = outcome.adapter
+    if dtype is not None:
+        outcome = cast_outcome(outcome, named_dtype(dtype))
+    cast = measure((methods.METHODS["LORA"], plain), outcome, Request(xp))
+    grade = cast.grade if error <= EQUIVALENT_ERROR else Grade.APPROXIMATE
+    return outcome, Measured(grade, max(error, cast.error), cast.notes)
+
+
+def inputs(source: str | Path, base: str | Path | None, init: str | Path | None = None) -> tuple[Path, ...]:
     """What a destination must not harm."""
-    return tuple(Path(p).expanduser() for p in (source, base) if p is not None)
+    return tuple(Path(p).expanduser() for p in (source, base, init) if p is not None)
 
 
 def find_edge(method: Method, a: Adapter, to: str) -> Edge:

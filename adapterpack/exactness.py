@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -76,7 +77,11 @@ def _trial(product: Product) -> tuple[Any, Any, list[tuple[int, int]]]:
 
     rows, width = (product.into, product.out) if product.columns else (product.out, product.into)
     bounds = cut(rows, width)
-    bounds = bounds[: max(2, _PROBE // max(1, width * bounds[0][1]))]
+    most = max(2, _PROBE // max(1, width * bounds[0][1]))
+    if len(bounds) > most:
+        # Where a block begins makes no difference to its sums; how high it is may.
+        heights = itertools.cycle(sorted({stop - start for start, stop in bounds}))
+        bounds = list(itertools.pairwise([0, *itertools.accumulate(next(heights) for _ in range(most))]))
     out, into = (product.out, bounds[-1][1]) if product.columns else (bounds[-1][1], product.into)
     rng = np.random.default_rng(product.rank)
     factors = (
@@ -134,15 +139,18 @@ class Proof:
         self._products = [p for p in products if _name(p) not in known]
         self._result: bool | None = None
         self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "import sys, adapterpack.exactness as e; e.try_all(sys.stdin, sys.stdout)"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
+        self._process: subprocess.Popen[str] | None = None
+        # -P: nothing is imported from the working directory, which may be anybody's.
+        call = "import sys, adapterpack.exactness as e; e.try_all(sys.stdin, sys.stdout)"
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [sys.executable or "", "-P", "-c", call],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            assert self._process.stdin is not None
             json.dump([dataclasses.astuple(p) for p in self._products], self._process.stdin)
             self._process.stdin.close()
 
@@ -150,21 +158,28 @@ class Proof:
         """Wait for it, and remember what came of it. If it fails to run, nothing is proven."""
         with self._lock:
             if self._result is None:
-                assert self._process.stdout is not None
-                said = self._process.stdout.read()
-                self._result = self._process.wait() == 0 and self._learn(json.loads(said))
+                self._result = self._process is not None and self._learn(self._process)
             return self._result
 
-    def _learn(self, results: list[bool]) -> bool:
+    def _learn(self, process: subprocess.Popen[str]) -> bool:
+        assert process.stdout is not None
+        try:
+            results = json.loads(process.stdout.read())
+        except ValueError:
+            return False
+        answered = isinstance(results, list) and all(isinstance(r, bool) for r in results)
+        if process.wait() != 0 or not answered or len(results) != len(self._products):
+            return False
         _write({**_read(), **{_name(p): r for p, r in zip(self._products, results, strict=True)}})
         return all(results)
 
     def close(self) -> None:
         """Stop it, if nobody has waited for it."""
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
 
 
 def try_all(questions: TextIO, answers: TextIO) -> None:
@@ -215,8 +230,12 @@ def _processor() -> str:
     return platform.processor()
 
 
+_NO_RECORD = (OSError, ValueError, RuntimeError)
+"""No file or no good one; JSON nested too deeply, and a user without a home, are RuntimeErrors."""
+
+
 def _read() -> dict[str, bool]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_NO_RECORD):
         record = json.loads(_path().read_text())
         if isinstance(record, dict):
             return {k: v for k, v in record.items() if isinstance(v, bool)}
@@ -224,9 +243,12 @@ def _read() -> dict[str, bool]:
 
 
 def _write(record: dict[str, bool]) -> None:
-    path = _path()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*_NO_RECORD):
+        path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(dict(sorted(record.items())), indent=0))
-        aside.replace(path)
+        try:
+            aside.write_text(json.dumps(dict(sorted(record.items())), indent=0))
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

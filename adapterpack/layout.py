@@ -126,7 +126,7 @@ class Layout:
         return [s for shard in self.shards for s in shard.segments if s.touched]
 
 
-_PROCESS = {False: 60 << 20, True: 250 << 20}
+_PROCESS = {False: 60 << 20, True: 258 << 20}
 """Bytes of an interpreter with numpy, and with torch."""
 _PER_ELEMENT = 48
 """Bytes for each element of a block, at the worst: a handful of f64 and f32 copies while it is checked."""

@@ -98,9 +98,7 @@ def render(lineage: Lineage, files: Mapping[str, Mapping[str, str]], before: Any
         files: Digests of all files read and written, where asked for: `read` and `written`, name to SHA-256.
         before: The lineage of the base itself, if it is a merged model too.
     """
-    base: dict[str, Any] = {"reference": lineage.base, "commit": lineage.commit, "shards": lineage.base_shards}
-    if before is not None:
-        base["lineage"] = before
+    base = {"reference": lineage.base, "commit": lineage.commit, "shards": lineage.base_shards}
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "adapterpack": lineage.version,
@@ -109,6 +107,9 @@ def render(lineage: Lineage, files: Mapping[str, Mapping[str, str]], before: Any
         "options": lineage.options,
         "shards": lineage.shards,
     }
+    if before is not None:
+        # A list and no nest: JSON may be only so deep, and models are merged again and again.
+        record["history"] = [{k: v for k, v in before.items() if k != "history"}, *before.get("history", [])]
     return strict_json.dump(record | ({"files": files} if files else {}))
 
 
@@ -137,13 +138,14 @@ def read(directory: Path) -> Lineage | None:
             base["commit"],
             adapters,
             dict(record["options"]),
-            dict(record["shards"]),
-            dict(base["shards"]),
+            {name: dict(facts) for name, facts in record["shards"].items()},
+            {name: dict(facts) for name, facts in base["shards"].items()},
             record["adapterpack"],
         )
-    except (KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise InvalidFile(f"{directory / NAME} is malformed: {e}") from e
-    if not isinstance(lineage.base, str) or not all(_is_source(a) for a in adapters):
+    history = record.get("history", [])
+    if not isinstance(lineage.base, str) or not all(_is_source(a) for a in adapters) or not isinstance(history, list):
         raise InvalidFile(f"{directory / NAME} is malformed")
     return lineage
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,8 @@ class _Job:
     def _base_notes(self) -> list[str]:
         """What differs from what one would take for granted of a base."""
         notes = list(self.base.name_notes)
+        if len(self.references) > 1:
+            notes.append(f"merged one after the other: {', '.join(self.references)}")
         scheme = self.base.scheme
         if scheme is not None:
             how = f"written in {scheme.dtype}, without its quantization_config"
@@ -217,6 +220,12 @@ class _Job:
                 how = "changed tensors are quantised again, all else stays as it is"
             notes.append(f"the base is {scheme.name}: {how}")
         return notes
+
+    @cached_property
+    def before(self) -> Any:
+        """The lineage of the base, if it is a merged model itself. Raises InvalidFile if it is malformed."""
+        lineage.read(self.base.path)
+        return lineage.raw(self.base.path)
 
     @cached_property
     def sources(self) -> tuple[lineage.Source, ...]:
@@ -230,6 +239,7 @@ class _Job:
         config = self.base.path / CONFIG
         facts = {
             "adapterpack": __version__,
+            "libraries": [metadata.version(name) for name in ("torch", "numpy")],
             "adapters": [[s.sha256, s.config_sha256, s.weight] for s in self.sources],
             "rounding": self.options.rounding,
             "requantize": self.options.requantize,
@@ -247,6 +257,7 @@ class _Job:
         """Write everything into the part, and check it."""
         o = self.options
         may_part = self.plan.head is not None and layouts.parts(self.base, self.plan, backend.result(), once=o.once)
+        _ = self.before
         layout = layouts.make(self.base, self.plan, may_part, requantise=o.requantize)
         carried, left = base_files.others(self.base, requantise=self.options.requantize)
         reused = _reusable(part, layout)
@@ -274,8 +285,9 @@ class _Job:
                 hint="is B all zero, or the change too small for the base's dtype? see adapterpack check",
             )
         error = None if o.verify == "off" else self._verify(part.path, backend.result(), changed)
+        story = self._lineage(layout, self._digests(part.path, layout, carried))
         with atomic.create(part.path / lineage.NAME) as out:
-            out.write(self._lineage(layout, self._digests(part.path, layout, carried)))
+            out.write(story)
         size = sum(f.stat().st_size for f in part.path.rglob("*") if f.is_file())
         notes = [*self._base_notes(), *self._told(layout, changed, reused)]
         if o.requantize and error is not None:
@@ -326,7 +338,7 @@ class _Job:
         made = lineage.Lineage(
             self.base_reference, lineage.commit_of(self.base.path), self.sources, options, shards, base_shards
         )
-        return lineage.render(made, files, lineage.raw(self.base.path))
+        return lineage.render(made, files, self.before)
 
     def _digests(self, stage: Path, layout: Layout, carried: Mapping[str, WholeFile]) -> dict[str, dict[str, str]]:
         """SHA-256 of every file read and written; empty unless asked for."""
@@ -398,7 +410,7 @@ def _reusable(part: Part, layout: Layout) -> dict[str, Mapping[str, Any]]:
         if path.stat().st_size == shard.size and all(entry.get(k) == v for k, v in facts.items()):
             found[shard.name] = entry
     for path in part.path.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name not in found:
             path.unlink()

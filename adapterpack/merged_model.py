@@ -149,9 +149,9 @@ def _changed(
     theirs = plan.LoadedSteps.read(after, (), xp)
     sums = _Sums(xp, rounding)
     blocks = plan.blocks(before, [s for _, s in loaded.steps], xp)
-    for n in range(len(blocks)) if picks is None else sorted({n % len(blocks) for n in picks}):
-        for part in plan.parts(blocks[n], before.shape):
-            sums.add(loaded, part, theirs.base(part))
+    pieces = [part for block in blocks for part in plan.parts(block, before.shape)]
+    for n in range(len(pieces)) if picks is None else sorted({n % len(pieces) for n in picks}):
+        sums.add(loaded, pieces[n], theirs.base(pieces[n]))
     error = ModuleError(name, sums.max_abs, sums.rel_error)
     if sums.nonfinite:
         return error, Finding("nan", name, "the merged tensor has NaN or infinite values")

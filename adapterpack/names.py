@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -42,12 +42,47 @@ def _attention(before: str) -> tuple[tuple[str, str], ...]:
 
 
 _MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
+_TABLE = (
+    ".attention.relative_position_bias.relative_position_bias_table",
+    ".attention.self.relative_position_bias_table",
+)
 _FAMILIES = (
     ((".layers.", ".encoder.layer."), *_attention("attention"), *_MLP),
     _attention("attention"),
-    (*_attention("self"), *_MLP),
+    (*_attention("self"), *_MLP, _TABLE),
 )
 """Inner names of vision models in transformers 5 and on disk: `ViTModel`, `Dinov2Model`, `swin` there."""
+
+_FAMILY_OF = dict(zip(("vit", "dinov2", "swin"), _FAMILIES, strict=True))
+
+
+def in_memory(names: Collection[str], model_type: str) -> Callable[[str], str]:
+    """How transformers 5 calls a tensor in memory that lies under one of these names: the way back from `Disk.find`.
+
+    Known are the nesting of LLaVA and Qwen2-VL and their kin, and the inner names of ViT, DINOv2 and Swin; all else
+    keeps its name.
+    """
+    rules: tuple[tuple[str, str], ...] = ()
+    if any(n.startswith("language_model.model.") for n in names):
+        rules = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
+        rules += (
+            ("vision_tower.vision_model.", "model.vision_tower."),
+            ("model.", "model."),
+            ("lm_head.", "lm_head."),
+        )
+        rules += (("", "model."),)
+    elif any(n.startswith("visual.") for n in names) and any(n.startswith("model.layers.") for n in names):
+        rules = (("visual.", "model.visual."), ("model.", "model.language_model."))
+    words = tuple((old, new) for new, old in _FAMILY_OF.get(model_type, ()))
+
+    def name(on_disk: str) -> str:
+        for old, new in rules:
+            if on_disk.startswith(old):
+                on_disk = new + on_disk.removeprefix(old)
+                break
+        return _replaced(_spelled(on_disk), words)
+
+    return name
 
 
 @dataclass(frozen=True)

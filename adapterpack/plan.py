@@ -223,7 +223,7 @@ def _regions(rows: int, steps: Sequence[Step]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(sorted(borders)))
 
 
-_PART = 1 << 15
+_PART = 1 << 16
 
 
 def parts(block: Block, shape: Shape) -> Iterator[Block]:

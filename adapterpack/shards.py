@@ -79,14 +79,15 @@ def _share(outputs: list[_Output], backend: Future[Backend], jobs: int, once: bo
     finishing: list[Future[None]] = []
 
     def loop() -> None:
-        try:
+        with _stopping(queue):
             while (work := queue.take()) is not None:
                 work.run()
                 if work.output.complete():
-                    finishing.append(finisher.submit(work.output.finish, finished))
-        except BaseException:
-            queue.stop()
-            raise
+                    finishing.append(finisher.submit(finish, work.output))
+
+    def finish(output: _Output) -> None:
+        with _stopping(queue):
+            output.finish(finished)
 
     # Some for finishing, too: one shard that waits to be reported does not keep others from the disk.
     with ThreadPoolExecutor(_FINISHERS) as finisher, ThreadPoolExecutor(jobs) as workers:
@@ -97,11 +98,21 @@ def _share(outputs: list[_Output], backend: Future[Backend], jobs: int, once: bo
             for future in finishing:
                 future.result()
             for output in outputs:
-                if not output.shard.segments:
+                if not any(s.tensor.nbytes for s in output.shard.segments):
                     output.finish(finished)
         finally:
             # Interrupted from outside: the pools wait for their threads, and those find nothing more to do.
             queue.stop()
+
+
+@contextlib.contextmanager
+def _stopping(queue: _Queue) -> Iterator[None]:
+    """What fails here ends the work of all."""
+    try:
+        yield
+    except BaseException:
+        queue.stop()
+        raise
 
 
 def _keep_freed_memory() -> None:
@@ -298,6 +309,13 @@ _one_whole = threading.Lock()
 """Tensors that cannot be cut are computed one at a time: memory holds the largest, not one for each worker."""
 
 
+def _quiet() -> contextlib.AbstractContextManager[object]:
+    """numpy warns of NaN and infinity on the way; what comes out is looked at."""
+    import numpy as np
+
+    return np.errstate(all="ignore")
+
+
 @dataclass(frozen=True)
 class _Compute:
     """A run of blocks of one touched tensor."""
@@ -308,7 +326,7 @@ class _Compute:
 
     def run(self) -> None:
         large = self.blocks[0].whole and self.reading.segment.tensor.nbytes > _RUN
-        with _one_whole if large else contextlib.nullcontext():
+        with _one_whole if large else contextlib.nullcontext(), _quiet():
             loaded = self.reading.loaded()
             for block in self.blocks:
                 self._block(loaded, block)
@@ -338,7 +356,7 @@ class _Encode:
 
     def run(self) -> None:
         assert self.segment.encoding is not None
-        with _one_whole:
+        with _one_whole, _quiet():
             data = self.segment.encoding.take(self.segment.name, self.xp, self.once)
         if data.tobytes() != self.segment.tensor.bytes():
             self.output.changed(self.segment.name)

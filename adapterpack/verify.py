@@ -167,7 +167,8 @@ def _merged_with(
             checkpoint = stack.enter_context(containers.open_checkpoint(source.reference))
         except AdapterpackError as e:
             raise InvalidFile(f"{source.reference}, merged too, cannot be read: {e.message}", hint=hint) from e
-        if checkpoint.digest() != source.sha256:
+        found = lineage.Source.of(source.reference, checkpoint, source.weight)
+        if found != source:
             raise InvalidFile(f"{source.reference} is not the adapter that was merged", hint=hint)
         adapters.append(methods.parse(checkpoint))
     return adapters, [s.weight for s in story.adapters]

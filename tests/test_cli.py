@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -127,6 +128,33 @@ def test_a_dry_run_writes_nothing_and_foretells_the_bytes(place: Path, tmp_path:
         for file in (tmp_path / "x").iterdir():
             file.unlink()
         (tmp_path / "x").rmdir()
+
+
+def test_a_plan_of_a_merge_names_what_is_computed_and_what_it_takes(place: Path, tmp_path: Path) -> None:
+    args = ["merge", place / "lora", "--into", place / "base", "--output", tmp_path / "x", "--dry-run"]
+    rows = dict(line.split("  ", 1) for line in run(*args).out.splitlines() if "  " in line)
+    rows = {name.strip(): text.strip() for name, text in rows.items()}
+    tensors = load_file(place / "base" / "model.safetensors")
+    assert rows["tensors"] == f"6 to compute, {len(tensors) - 6} to copy byte for byte"
+    assert rows["memory"].startswith("about ") and rows["arithmetic"] in ("numpy", "torch cpu")
+    assert "model.layers.*.self_attn.q_proj.weight x 2" in rows["touched"]
+    planned = run(*args, "--json").json
+    touched = [t for name, t in tensors.items() if name.split(".")[-2] in ("q_proj", "k_proj", "down_proj")]
+    assert planned["bytes_computed"] == sum(t.numel() * t.element_size() for t in touched)
+    assert len(planned["touched"]) == len(touched) == 6 and planned["reused"] == []
+    assert run(*args, "--device", "cpu", "--rounding", "once", "--json").json["arithmetic"] == "numpy"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_digests_are_recorded_on_request_and_jobs_are_at_least_one(place: Path, tmp_path: Path) -> None:
+    args = ["merge", place / "lora", "--into", place / "base", "--output", tmp_path / "x"]
+    for jobs in ("0", "-1", "x"):
+        done = run(*args, "--jobs", jobs)
+        assert done.code == 2 and "--jobs" in done.err and list(tmp_path.iterdir()) == []
+    assert run(*args, "--jobs", "1", "--digest", "-q") == Done(0, f"{tmp_path / 'x'}\n", "")
+    said = json.loads((tmp_path / "x" / "adapterpack_lineage.json").read_text())
+    weights = (tmp_path / "x" / "model.safetensors").read_bytes()
+    assert said["files"]["written"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
 
 
 def _spoil(place: Path, tmp_path: Path, name: str, change: Any) -> Path:
@@ -330,7 +358,7 @@ def test_help_names_every_option_of_the_design() -> None:
         "convert": "--to --dtype --base --max-error --warm-start --overwrite --dry-run",
         "compress": "--lossless --equivalent --max-error --base --overwrite --dry-run",
         "verify": "--base --max-error --device",
-        "merge": "--into --output --weight --rounding --verify --device --jobs --overwrite --dry-run",
+        "merge": "--into --output --weight --rounding --verify --device --jobs --digest --overwrite --dry-run",
     }
     for verb, names in options.items():
         text = run(verb, "--help").out

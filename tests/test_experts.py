@@ -53,6 +53,8 @@ PARAMETERS = (
         over={"intermediate_size": 16},
     ),
     cases.Case("experts-one", _on(*BOTH), "mixtral", over={"num_local_experts": 1, "num_experts_per_tok": 1}),
+    # The short name could be a parameter of the router as well.
+    cases.Case("experts-router-short", _on("gate.weight", "down_proj"), "mixtral"),
     cases.Case("experts-router", _on("gate.weight", "experts.down_proj"), "mixtral"),
     cases.Case("matrix-parameter", _on("mlp.up_proj.weight", "k_proj.weight", modules=("q_proj",)), "llama"),
     cases.Case("matrix-parameter-conv1d", _on("attn.c_attn.weight"), "gpt2"),
@@ -280,6 +282,12 @@ def test_what_cannot_be_joined_is_refused(workshop, files, tmp_path: Path) -> No
     # Where they lie apart nothing needs to be joined.
     for name in ("half", "few", "rs", "alphas"):
         adapterpack.merge(tmp_path / name, workshop.base("mixtral"), tmp_path / f"m-{name}", verify="full")
+
+
+def test_single_experts_for_interleaved_gates_are_refused(workshop, tmp_path: Path) -> None:
+    """gpt-oss has a gate's rows between those of `up`: joined one after the other they would be wrong."""
+    with pytest.raises(Unsupported, match="cannot be joined"):
+        adapterpack.merge(_apart("qwen3_moe", tmp_path / "a"), workshop.base("gpt_oss"), tmp_path / "m")
 
 
 def test_the_router_has_two_names(workshop, files, tmp_path: Path) -> None:

@@ -26,21 +26,38 @@ from peft import LoraConfig, VBLoRAConfig
 
 pytestmark = pytest.mark.faults
 
-CALLS = ("openat", "write", "pwrite64", "fsync", "ftruncate", "copy_file_range", "mkdir", "rename", "renameat2")
+CALLS = (
+    "openat",
+    "write",
+    "pwrite64",
+    "copy_file_range",
+    "fsync",
+    "ftruncate",
+    "mkdir",
+    "rename",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "flock",
+    "utimensat",
+)
 FAULTS = ("error=ENOSPC", "error=EIO", "signal=SIGKILL")
 _SECONDS = 120
 
 _NURSERY = """
-import ctypes, json, os, signal, sys
+import contextlib, ctypes, io, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from adapterpack.cli import main
 
-def child(argv, out, err, traced):
+def child(ready, argv, out, err, traced):
     for path, fd in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
     if traced:
         ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, any: for kernels with Yama
+    os.write(ready, b".")
+    if traced:
         signal.sigwait({signal.SIGUSR1})
     sys.argv = ["adapterpack", *argv]
     try:
@@ -49,13 +66,26 @@ def child(argv, out, err, traced):
         os._exit(e.code)
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+# What is imported and looked up late is so now: else which call is the n-th would depend on it.
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["adapterpack", *argv]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as e:
+        assert not e.code
 for line in sys.stdin:
+    told, ready = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            child(**json.loads(line))
+            child(ready, **json.loads(line))
         finally:
             os._exit(99)
+    # Not before its own files are open: those calls are not to be counted.
+    os.read(told, 1)
+    os.close(told)
+    os.close(ready)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -81,10 +111,10 @@ class Done:
 class Nursery:
     """The process that has imported everything; its children are the runs."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, rehearsals: list[list[str]]) -> None:
         self._scratch = scratch
         self._process = subprocess.Popen(
-            [sys.executable, "-B", "-c", _NURSERY],
+            [sys.executable, "-B", "-c", _NURSERY, json.dumps(rehearsals)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -119,14 +149,6 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    assert shutil.which("strace"), "make faults needs strace"
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("faults")
     oracle.save_base(oracle.tiny_model("llama"), root / "base", "150KB")
@@ -134,6 +156,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vb = VBLoRAConfig(r=2, num_vectors=8, vector_length=16, target_modules=["q_proj"])
     oracle.make_adapter(root / "vblora", vb, scale=1.0)
     return root
+
+
+def _words(verb: str, place: Path, target: Path) -> list[str]:
+    words = {
+        "convert": ["convert", place / "vblora", target, "--to", "topk"],
+        # One worker: all in the thread that strace watches, and in one order.
+        "merge": ["merge", place / "lora", "--into", place / "base", "--output", target, "--jobs", "1"],
+    }[verb]
+    return [*map(str, words), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def nursery(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    assert shutil.which("strace"), "make faults needs strace"
+    scratch = tmp_path_factory.mktemp("nursery")
+    nursery = Nursery(scratch, [_words(verb, place, scratch / verb) for verb in ("convert", "merge")])
+    yield nursery
+    nursery.close()
 
 
 @dataclass(frozen=True)
@@ -158,6 +198,14 @@ class Job:
     def state(self) -> str | None:
         return oracle.tree_hash(self.target) if self.target.exists() else None
 
+    @property
+    def merges(self) -> bool:
+        return self.argv[0] == "merge"
+
+    def litter(self) -> list[str]:
+        """What lies beside the target."""
+        return [p.name for p in self.target.parent.iterdir() if p != self.target]
+
     def input_state(self) -> list[str]:
         return [oracle.tree_hash(path) for path in self.inputs]
 
@@ -166,11 +214,7 @@ class Job:
 def job(request: pytest.FixtureRequest, place: Path, tmp_path: Path) -> Job:
     verb, existing = request.param
     target = tmp_path / "home" / "out"
-    argv = {
-        "convert": ["convert", place / "vblora", target, "--to", "topk"],
-        "merge": ["merge", place / "lora", "--into", place / "base", "--output", target, "--device", "cpu"],
-    }[verb]
-    words = [*map(str, argv), "--quiet", *(["--overwrite"] if existing else [])]
+    words = [*_words(verb, place, target), *(["--overwrite"] if existing else [])]
     return Job(words, target, tuple(place / name for name in ("base", "lora", "vblora")), existing)
 
 
@@ -190,7 +234,8 @@ def test_old_or_new_and_never_torn(nursery: Nursery, job: Job, call: str) -> Non
     recorded = nursery.run(job.argv, "-e", f"trace={call}")
     assert recorded.code == 0 and job.state() == new
     points = _points(recorded.log, call)
-    if call in ("write", "fsync", "mkdir"):
+    always = ["openat", "write", "fsync", "mkdir", "rmdir"] if job.existing else ["openat", "write", "fsync", "mkdir"]
+    if call in (*always, *(["pwrite64", "copy_file_range", "flock", "unlink", "utimensat"] if job.merges else [])):
         assert points, f"{call} is never called: is the log read right?"
     for fault in FAULTS:
         for n in points:
@@ -201,6 +246,8 @@ def test_old_or_new_and_never_torn(nursery: Nursery, job: Job, call: str) -> Non
             assert job.input_state() == inputs, f"{done.hit}: an input changed"
             again = nursery.run(job.argv if job.state() != new or job.existing else [*job.argv, "--overwrite"])
             assert again.code == 0 and job.state() == new, f"{done.hit}: the next run fails: {again.err}"
+            # What a killed merge left for the next one, the next one has used or removed.
+            assert not job.merges or not job.litter(), f"{done.hit}: {job.litter()}"
 
 
 def _judge(done: Done, job: Job, old: str | None, new: str | None, *, killed: bool) -> None:
@@ -217,17 +264,19 @@ def _judge(done: Done, job: Job, old: str | None, new: str | None, *, killed: bo
         # The new thing may be there only if the error says so, or came when the result was printed.
         assert state == old or "is in place" in done.err or "/out/" not in where, f"{where}: {done.err}"
         assert "is in place" not in done.err or state == new, f"{where}: {done.err}"
-        left = [p.name for p in job.target.parent.iterdir() if p != job.target]
-        assert not left or "O_DIRECTORY" in where, f"{where}: litter: {left}"
+        # Who cannot look into a directory cannot empty it; and what cannot be locked may be somebody else's.
+        may_stay = "O_DIRECTORY" in where or where.startswith("flock")
+        assert not job.litter() or may_stay, f"{where}: litter: {job.litter()}"
 
 
 def test_everything_is_durable_before_it_is_named_and_the_name_before_success(nursery: Nursery, job: Job) -> None:
     """write* < fsync(file) < fsync(its directory) < rename < fsync(parent), for every file of the result."""
     job.clear()
-    done = nursery.run(job.argv, "-e", "trace=openat,write,fsync,fdatasync,ftruncate,rename,renameat,renameat2")
+    calls = "openat,write,pwrite64,copy_file_range,fsync,fdatasync,ftruncate,rename,renameat,renameat2"
+    done = nursery.run(job.argv, "-e", f"trace={calls}")
     assert done.code == 0
     lines = done.log.splitlines()
-    stage = re.compile(re.escape(str(job.target.parent)) + r"/\.adapterpack-new-[^/>\"]*\.tmp")
+    stage = re.compile(re.escape(str(job.target.parent)) + r"/\.adapterpack-(?:new|part)-[^/>\"]*\.tmp")
     renames = [
         n for n, line in enumerate(lines) if line.startswith("rename") and stage.search(line) and "= 0" in line
     ]
@@ -236,11 +285,12 @@ def test_everything_is_durable_before_it_is_named_and_the_name_before_success(nu
     files = [p for p in job.target.rglob("*") if p.is_file()]
     directories = [job.target, *(p for p in job.target.rglob("*") if p.is_dir())]
     assert len(files) >= 3
+    into = {"write": r"(?:p?write(?:64)?\(|copy_file_range\(\d+<[^>]*>, \[\d+\], )", "fsync": r"fsync\("}
 
     def events(call: str, path: Path) -> list[int]:
         below = path.relative_to(job.target).as_posix()
-        ending = "" if below == "." else f"/{below}"
-        pattern = re.compile(rf"{call}\(\d+<{stage.pattern}{re.escape(ending)}>")
+        ending = ("/model" if job.merges else "") + ("" if below == "." else f"/{below}")
+        pattern = re.compile(rf"{into[call]}\d+<{stage.pattern}{re.escape(ending)}>")
         return [n for n, line in enumerate(lines) if pattern.match(line)]
 
     for file in files:
@@ -250,6 +300,8 @@ def test_everything_is_durable_before_it_is_named_and_the_name_before_success(nu
         assert syncs[0] < events("fsync", file.parent)[-1], file
     for directory in directories:
         assert events("fsync", directory)[-1] < named, directory
+    if job.merges:
+        _check_journal(lines, stage, [f.name for f in files if f.suffix == ".safetensors"])
     parent = [
         n for n, line in enumerate(lines) if re.match(rf"fsync\(\d+<{re.escape(str(job.target.parent))}>", line)
     ]
@@ -258,26 +310,63 @@ def test_everything_is_durable_before_it_is_named_and_the_name_before_success(nu
     assert printed and printed[0] > parent[-1], "success was announced before it was durable"
 
 
+def _check_journal(lines: list[str], stage: re.Pattern[str], shards: list[str]) -> None:
+    """Each line of the journal comes when a shard and its name are durable, and is durable before the next."""
+    part = stage.pattern
+    order = [
+        *(rf"fsync\(\d+<{part}/model/(?:{'|'.join(map(re.escape, shards))})>", rf"fsync\(\d+<{part}/model>"),
+        *(rf"write\(\d+<{part}/journal>", rf"fsync\(\d+<{part}/journal>"),
+    ]
+    seen = [n for line in lines for n, pattern in enumerate(order) if re.match(pattern, line)]
+    assert seen[: 4 * len(shards)] == [0, 1, 2, 3] * len(shards)
+
+
+KILLED = -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
-    ("inject", "code"),
+    ("verb", "inject", "code"),
     [
-        ("fsync:error=EIO:when=1", 1),
-        ("fsync:error=ENOSPC:when=2", 1),
-        ("mkdir:error=ENOSPC:when=1", 1),
-        ("fsync:signal=SIGKILL:when=1", -signal.SIGKILL),
-        ("renameat2:signal=SIGKILL:when=1", -signal.SIGKILL),
+        ("convert", "fsync:error=EIO:when=1", 1),
+        ("convert", "fsync:error=ENOSPC:when=2", 1),
+        ("convert", "mkdir:error=ENOSPC:when=1", 1),
+        ("convert", "fsync:signal=SIGKILL:when=1", KILLED),
+        ("convert", "renameat2:signal=SIGKILL:when=1", KILLED),
+        ("merge", "pwrite64:error=ENOSPC:when=1", 1),
+        ("merge", "copy_file_range:error=EIO:when=1", 1),
+        ("merge", "copy_file_range:error=EXDEV:when=1+", 0),
+        ("merge", "fsync:error=EIO:when=1", 1),
+        ("merge", "flock:error=ENOSYS:when=1+", 0),
+        ("merge", "pwrite64:signal=SIGKILL:when=2", KILLED),
+        ("merge", "renameat2:signal=SIGKILL:when=1", KILLED),
     ],
 )
-def test_the_command_itself_leaves_nothing_torn(place: Path, tmp_path: Path, inject: str, code: int) -> None:
-    """The same without the nursery, as a user runs it."""
-    target = tmp_path / "out"
-    command = [sys.executable, "-B", "-m", "adapterpack.cli", "convert", place / "vblora", target, "--to", "topk"]
+def test_the_command_itself_leaves_nothing_torn(
+    place: Path, tmp_path: Path, verb: str, inject: str, code: int
+) -> None:
+    """The same without the nursery, as a user runs it: merge with several workers and with a process that proves."""
+    home = tmp_path / "home"
+    home.mkdir()
+    target = home / "out"
+    words = [word for word in _words(verb, place, target) if word not in ("--jobs", "1")]
+    command = [sys.executable, "-B", "-m", "adapterpack.cli", *words]
     strace = ["strace", "-f", "-qq", "-o", tmp_path / "log", "-e", f"trace={inject.split(':')[0]}"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        [*strace, "-e", f"inject={inject}", *command], capture_output=True, text=True, check=False, timeout=_SECONDS
+        [*strace, "-e", f"inject={inject}", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_SECONDS,
+        env=environment,
     )
     assert done.returncode == code, done.stderr
-    assert not target.exists()
-    assert code < 0 or re.fullmatch(r"error: cannot write [^\n]+\nhint: nothing was changed\n", done.stderr)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+    assert "INJECTED" in (tmp_path / "log").read_text() or code == KILLED
+    assert target.exists() is (code == 0)
+    assert code <= 0 or re.fullmatch(r"error: cannot write [^\n]+\nhint: nothing was changed\n", done.stderr)
+    assert code < 0 or [p.name for p in home.iterdir()] == ["out"] * (code == 0)
+    if code == 0:
+        return
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS, env=environment)
     assert done.returncode == 0 and target.is_dir(), done.stderr
+    assert verb == "convert" or [p.name for p in home.iterdir()] == ["out"]

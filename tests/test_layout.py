@@ -40,8 +40,12 @@ LAYERS = [
         "extras",
         "projections",
         "peft_versions",
+        "pairing",
+        "rest",
+        "svd",
+        "initial",
     },
-    {"inspect", "check", "convert", "compress", "verify", "merge"},
+    {"inspect", "check", "convert", "compress", "verify", "merge", "extract"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}

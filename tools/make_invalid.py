@@ -423,7 +423,11 @@ def lora_cases() -> None:
     one = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
     cases.both("parameters-rank", lora(one, uneven), "half-pair", "is not of rank 2 for each expert", **bf16)
     for case, rank in (("zero", 0), ("string", "2"), ("huge", 10**9)):
-        broken(f"parameters-rank-{case}", lora({**one, "rank_pattern": {"down_proj": rank}}, uneven), "rank_pattern gives")
+        broken(
+            f"parameters-rank-{case}",
+            lora({**one, "rank_pattern": {"down_proj": rank}}, uneven),
+            "rank_pattern gives",
+        )
     twice = {**uneven, f"{PFX}mlp.experts.lora_B.bias": ramp(8)}
     refused("parameters-bias", lora({**one, "r": 5}, twice), "more than A and B")
 

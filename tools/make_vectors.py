@@ -79,6 +79,29 @@ MINI: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 16,
         "word_embed_proj_dim": 8,
     },
+    "resnet": {"embedding_size": 4, "hidden_sizes": [12], "depths": [1]},
+    "whisper": {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 32, "num_mel_bins": 6},
+    "gpt_oss": {
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+        "num_local_experts": 3,
+        "layer_types": ["full_attention"],
+    },
+    "llama4": {
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "intermediate_size_mlp": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+        "num_local_experts": 3,
+        "layer_types": ["full_attention"],
+    },
     "bert": {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -147,7 +170,12 @@ def sha256(t: torch.Tensor) -> str:
 
 
 def expected(
-    t: dict[str, torch.Tensor], c: dict[str, Any], base: dict[str, torch.Tensor], conv1d: set[str], case: Case
+    t: dict[str, torch.Tensor],
+    c: dict[str, Any],
+    base: dict[str, torch.Tensor],
+    conv1d: set[str],
+    crossed: set[str],
+    case: Case,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray], dict[str, Any]]:
     """(changes by base tensor, arrays by name, facts for expect.json) of one adapter: tensors `t`, config `c`."""
     changes: dict[str, dict[str, Any]] = {}
@@ -171,6 +199,16 @@ def expected(
     saved = {k: t.pop(k) for k in list(t) if k.endswith("base_layer.weight")}
     if method == "LORA":
         facts["encoding"] = "lora"
+        for name, level in wrapped(base, c["target_parameters"] or []):
+            a, b = f64(t.pop(f"{level}.lora_A.weight")), f64(t.pop(f"{level}.lora_B.weight"))
+            experts = base[name].shape[0] if base[name].ndim == 3 else 1
+            r = a.shape[0] // experts
+            alpha = first_match(c["alpha_pattern"], name, c["lora_alpha"])
+            s = alpha / math.sqrt(r) if c["use_rslora"] else alpha / r
+            a, b = a.reshape(experts, r, -1), b.reshape(-1, r, experts)
+            delta = np.stack([s * (b[:, :, e] @ a[e]) for e in range(experts)])
+            delta = delta.transpose(0, 2, 1) if name in crossed and experts > 1 else delta
+            put(name, "add", delta.reshape(base[name].shape))
         for key in sorted(k for k in t if k.endswith((".lora_A.weight", ".lora_embedding_A"))):
             embedding = key.endswith("lora_embedding_A")
             p = key.removesuffix(".lora_embedding_A" if embedding else ".lora_A.weight")
@@ -180,16 +218,21 @@ def expected(
             r = a.shape[0]
             alpha = first_match(c["alpha_pattern"], module, c["lora_alpha"])
             s = alpha / math.sqrt(r) if c["use_rslora"] else alpha / r
-            delta = stored(module, s * (b @ a))
+            name = module + ".weight"
+            convolution = a.ndim > 2
+            delta = stored(module, s * (b.reshape(len(b), r) @ a.reshape(r, -1)))
             if embedding:
                 delta = delta.T
-            name = module + ".weight"
+            delta = delta.reshape(base[name].shape)
             if f"{p}.lora_magnitude_vector" in t:
                 m, w = f64(t.pop(f"{p}.lora_magnitude_vector")), f64(base[name])
                 v = w + delta
                 per_column = embedding or module in conv1d  # the output dimension is the last one as stored
-                norm = np.sqrt((v * v).sum(axis=0 if per_column else 1, keepdims=True))
-                scale = m[None, :] / norm if per_column else m[:, None] / norm
+                inputs = tuple(range(1, v.ndim)) if convolution else 0 if per_column else 1
+                norm = np.sqrt((v * v).sum(axis=inputs, keepdims=True))
+                scale = m.reshape(-1, *(1 for _ in v.shape[1:])) / norm if convolution else None
+                if scale is None:
+                    scale = m[None, :] / norm if per_column else m[:, None] / norm
                 put(name, "base-dependent", scale * v - w)
                 arrays["base:" + name] = base[name]
             elif f"{p}.base_layer.weight" in saved:
@@ -273,6 +316,19 @@ def expected(
     return changes, arrays, facts
 
 
+def wrapped(base: dict[str, torch.Tensor], targets: list[str]) -> list[tuple[str, str]]:
+    """Parameters that `target_parameters` names, and where their keys begin: the first one defined is deepest."""
+    modules: dict[str, list[str]] = {}
+    for name in base:
+        if any(name == x or name.endswith(f".{x}") for x in targets):
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return [
+        (name, PFX + module + ".base_layer" * (len(own) - 1 - n))
+        for module, own in modules.items()
+        for n, name in enumerate(own)
+    ]
+
+
 # ---------------------------------------------------------------- one case
 
 
@@ -295,6 +351,8 @@ def make(case: Case) -> int:
     base = base_model()
     weights = {k: v.clone() for k, v in base.state_dict().items()}
     conv1d = {n for n, m in base.named_modules() if type(m).__name__ == "Conv1D"}
+    transposed = [(n, m) for n, m in base.named_modules() if getattr(m, "is_transposed", False)]
+    crossed = {f"{n}.{p}" for n, m in transposed for p, _ in m.named_parameters(recurse=False)}
     with tempfile.TemporaryDirectory() as tmp:
         top = Path(tmp) / "case"
         model = oracle.make_adapter(
@@ -318,7 +376,7 @@ def make(case: Case) -> int:
             t = case.edit(t)
             save_file(t, d / "adapter_model.safetensors", metadata={"format": "pt"})
         c = json.loads((d / "adapter_config.json").read_text())
-        changes, arrays, facts = expected(canonical(t), c, weights, conv1d, case)
+        changes, arrays, facts = expected(canonical(t), c, weights, conv1d, crossed, case)
 
         merged = oracle.peft_merge(base_model(), d, autocast=case.autocast)
         assert not merged.load.missing and merged.load.unexpected == sorted(case.unexpected), merged.load
@@ -640,6 +698,46 @@ CASES = [
         "token-indices",
         lora(trainable_token_indices=[5, 2, 31]),
         "new rows of the embedding, absolute, in list order",
+    ),
+    Case(
+        "lora",
+        "convolution-2d",
+        lora(target_modules=["convolution"], alpha_pattern={"embedder.convolution": 3}),
+        "Conv2d with kernels 7x7, 3x3 and 1x1",
+        kind="resnet",
+    ),
+    Case(
+        "lora",
+        "convolution-1d-bias",
+        lora(target_modules=["conv1", "conv2"], lora_bias=True, use_rslora=True),
+        "Conv1d, with a bias of its own",
+        kind="whisper",
+    ),
+    Case(
+        "lora",
+        "dora-convolution-2d",
+        lora(target_modules=["convolution"], use_dora=True),
+        "DoRA on Conv2d: the norm over all inputs and the kernel",
+        kind="resnet",
+    ),
+    Case(
+        "lora",
+        "parameters-transposed",
+        lora(
+            target_modules=["q_proj"],
+            target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+            rank_pattern={"gate_up_proj": 3},
+        ),
+        "target_parameters on experts that lie as (experts, in, out) and say so; two levels",
+        kind="gpt_oss",
+    ),
+    Case(
+        "lora",
+        "parameters-straight",
+        lora(target_modules=[], target_parameters=["gate_up_proj", "down_proj", "router.weight"]),
+        "target_parameters on experts that PEFT takes for (experts, out, in), and on a matrix",
+        kind="llama4",
+        dtype="bfloat16",
     ),
     Case("lora", "dora-linear", lora(use_dora=True), "DoRA on Linear: row norms"),
     Case(

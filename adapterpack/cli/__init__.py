@@ -9,7 +9,7 @@ import click
 from adapterpack.cli import _edge
 from adapterpack.version import __version__
 
-VERBS = ("inspect", "check", "convert", "compress", "verify", "merge")
+VERBS = ("inspect", "check", "convert", "compress", "verify", "merge", "extract")
 
 
 class _Verbs(click.Group):

@@ -32,10 +32,10 @@ def run(cli: click.Group) -> NoReturn:
         # click returns what `ctx.exit` was given: 3 from verify and check.
         code = cli.main(standalone_mode=False) or 0
         sys.stdout.flush()
-    except (click.Abort, KeyboardInterrupt):
-        code = _fail(as_json, "interrupted", "interrupted; nothing was changed", None, INTERRUPTED)
-    except _Terminated:
-        code = _fail(as_json, "terminated", "terminated; nothing was changed", None, TERMINATED)
+    except (click.Abort, KeyboardInterrupt) as e:
+        code = _fail(as_json, "interrupted", "interrupted; nothing was changed", _note(e), INTERRUPTED)
+    except _Terminated as e:
+        code = _fail(as_json, "terminated", "terminated; nothing was changed", _note(e), TERMINATED)
     except click.ClickException as e:
         message, hint = e.format_message(), None
         if isinstance(e, click.UsageError) and e.ctx is not None:
@@ -60,6 +60,12 @@ def run(cli: click.Group) -> NoReturn:
         message = f"unexpected {type(e).__name__}: {e}".splitlines()[0]
         code = _fail(as_json, "bug", message, "please report this; ADAPTERPACK_DEBUG=1 shows where", 1)
     sys.exit(code)
+
+
+def _note(e: BaseException) -> str | None:
+    """What was said of an interruption on its way here; click turns a KeyboardInterrupt into its own exception."""
+    notes = [note for x in (e, e.__cause__, e.__context__) for note in getattr(x, "__notes__", ())]
+    return notes[0] if notes else None
 
 
 def _debug() -> None:

@@ -23,8 +23,9 @@ from adapterpack.convert import Conversion, convert
     help="With --for: replaced modules, embeddings and token rows that the engine has no place for.",
 )
 @click.option("--layout", type=click.Choice(projections.LAYOUTS), help="q, k, v and gate, up: apart or in one.")
-@click.option("--base", metavar="BASE", help="The base model; only its shapes are read, but for --extra fold.")
+@click.option("--base", metavar="BASE", help="The base model; shapes, seldom weights, are read.")
 @click.option("--base-dtype", metavar="D", help="dtype of the base in training, where BASE does not tell.")
+@click.option("--init", metavar="INIT", help="PiSSA, OLoRA, CorDA, LoRA-GA to lora: the adapter before training.")
 @click.option(
     "--max-error", type=float, metavar="E", callback=out.error_bound, help="Largest relative error allowed."
 )
@@ -44,6 +45,7 @@ def command(
     layout: str | None,
     base: str | None,
     base_dtype: str | None,
+    init: str | None,
     max_error: float | None,
     warm_start: bool,
     device: str,
@@ -59,6 +61,7 @@ def command(
     \b
     VB-LoRA  full-logits -> topk, lora;  topk -> lora, full-logits (with --warm-start)
     VeRA     projection -> seed, lora;   seed -> projection, lora (lora takes --base)
+    PiSSA, OLoRA, CorDA, LoRA-GA -> lora: exact with --init; PiSSA and OLoRA also with --base
     all      --dtype, --for (plain LoRA that the engine reads as PEFT does), --layout
 
     What is lost is measured on the change of W. Beyond 5e-6 it is refused (exit code 4), save within
@@ -75,6 +78,7 @@ def command(
             layout=layout,
             base=base,
             base_dtype=base_dtype,
+            init=init,
             max_error=max_error,
             warm_start=warm_start,
             device=device,

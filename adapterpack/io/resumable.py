@@ -8,6 +8,7 @@ is durable; the first line names the work, and other work starts clean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -38,7 +39,6 @@ class Part:
         self._journal, self._key = work / "journal", key
         self._lock = threading.Lock()
         self.done: list[dict[str, Any]] = self._resume()
-        self.kept = bool(self.done)
 
     def _resume(self) -> list[dict[str, Any]]:
         lines = _lines(self._journal)
@@ -53,7 +53,7 @@ class Part:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir()
-        self.done, self.kept = [], False
+        self.done = []
 
     def record(self, entry: dict[str, Any]) -> None:
         """Note that something is done and durable. Any thread may."""
@@ -65,7 +65,6 @@ class Part:
             journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             journal.flush()
             os.fsync(journal.fileno())
-            self.kept = True
 
 
 def _lines(journal: Path) -> list[dict[str, Any]]:
@@ -104,18 +103,28 @@ def resumable_directory(
     try:
         with atomic.explained(destination):
             part = Part(work, key)
-        try:
-            with atomic.explained(destination):
-                yield part
-            atomic.publish(part.path, destination, overwrite=overwrite, protected=protected)
-        except BaseException as e:
-            # Interrupted: somebody may want to go on. Anything else would only happen again.
-            if isinstance(e, Exception) or not part.kept:
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
+            yield part
+        atomic.publish(part.path, destination, overwrite=overwrite, protected=protected)
+    except BaseException as e:
+        # Interrupted: somebody may want to go on. Anything else would only happen again.
+        if isinstance(e, Exception) or not (work / "journal").exists():
+            _remove(work)
+        else:
+            e.add_note(f"what was finished waits in {work} for the same command to go on; or remove it")
+        raise
+    else:
+        _remove(work)
     finally:
         os.close(lock)
+
+
+def _remove(work: Path) -> None:
+    """Remove a part, the lock last: whoever takes it next must not lose what it has begun to write."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(work / "model", ignore_errors=True)
+        (work / "journal").unlink(missing_ok=True)
+        (work / "lock").unlink(missing_ok=True)
+        work.rmdir()
 
 
 def _lock(work: Path, destination: Path) -> int:
@@ -126,15 +135,25 @@ def _lock(work: Path, destination: Path) -> int:
             fd = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue
+        except OSError:
+            _remove_empty(work)
+            raise
         if not _locked(fd):
             os.close(fd)
             raise WriteFailed(f"another process is writing {destination}", hint="wait for it, or name another output")
         # A run that has just ended may have removed the file that we waited for.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), (work / "lock").stat()):
-                os.utime(fd)
+                with contextlib.suppress(OSError):
+                    os.utime(fd)
                 return fd
         os.close(fd)
+
+
+def _remove_empty(work: Path) -> None:
+    """A directory without a lock is nobody's: who has just made it will make it again."""
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def _locked(fd: int) -> bool:
@@ -146,18 +165,23 @@ def _locked(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as e:
+        # File systems of clusters may know no locks: nobody is kept out then.
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
     return True
 
 
 def _sweep(directory: Path) -> None:
     """Remove parts that nobody holds and nobody came back for."""
     for work in directory.glob(".adapterpack-part-*.tmp"):
+        _remove_empty(work)
         with contextlib.suppress(OSError):
             if time.time() - (work / "lock").stat().st_mtime < _STALE_SECONDS:
                 continue
             fd = os.open(work / "lock", os.O_RDWR | os.O_CLOEXEC)
             try:
                 if _locked(fd):
-                    shutil.rmtree(work, ignore_errors=True)
+                    _remove(work)
             finally:
                 os.close(fd)

@@ -92,4 +92,5 @@ class _LoadedDora:
         return (magnitude / self.xp.rows_norm(v.T)).reshape(1, -1)
 
     def _scaled(self, v: Array, magnitude: Array, block: Block) -> Array:
-        return self._gain(v, magnitude, block) * v
+        v *= self._gain(v, magnitude, block)
+        return v

@@ -32,10 +32,16 @@ _VARIANT_MARKS = {
 _KNOWN = {"use_dora", "use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 
 
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that took a part of the base into the adapter, `pissa`; None if none did."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    return next((kind for kind in _MOVES_BASE if init.startswith(kind)), None)
+
+
 def refused_variant(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """Why this is not the LoRA that we know, None if it is: by config, then by the names of its tensors."""
     init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(_MOVES_BASE):
+    if moved_base(config):
         return (
             f"it was trained with init_lora_weights={config['init_lora_weights']!r}, which changes the base"
             " weights: B @ A is not what it learned"

@@ -48,17 +48,20 @@ def named(modules: Mapping[str, Mapping[str, Param]], config: Mapping[str, Any])
     wanted = config.get("target_parameters") or []
     if not isinstance(wanted, list) or not all(isinstance(w, str) for w in wanted):
         raise InvalidFile("target_parameters in adapter_config.json is no list of names")
-    is_module = _targets_modules(config)
+    is_module = _targets_modules(config) if wanted else bool
     found: dict[str, tuple[str, ...]] = {}
     for module, own in _levels(modules).items():
         names = dict.fromkeys(f"{module}.{w.rpartition('.')[2]}" for w in wanted)
         parameters = tuple(n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted))
+        if len(parameters) > len(own):
+            # A name without a path, `down_proj`, could be a parameter of any module; one with a path goes before.
+            paths = tuple(n for n in parameters if any("." in w and f".{n}".endswith(f".{w}") for w in wanted))
+            parameters = paths if len(paths) == len(own) else parameters
         if own != [module] and not parameters:
             raise Unsupported(
                 f"{own[0]} wraps a wrapped module, and target_parameters does not name it: not read yet",
                 hint="merge it with PEFT",
             )
-        # A name without a path, `down_proj`, could be a parameter of any module.
         if parameters and (own != [module] or not is_module(module)):
             found |= dict.fromkeys(own, parameters)
     return found
@@ -69,7 +72,8 @@ def _targets_modules(config: Mapping[str, Any]) -> Callable[[str], bool]:
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
         return Pattern(targets, template=r"(?:{})\Z", where="target_modules").matches
-    return lambda module: any(module == t or module.endswith(f".{t}") for t in targets)
+    names = targets if isinstance(targets, list) else []
+    return lambda module: any(module == t or module.endswith(f".{t}") for t in names)
 
 
 def _levels(modules: Mapping[str, object]) -> dict[str, list[str]]:

@@ -33,7 +33,7 @@ from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._dora import DoraChange
 from adapterpack.methods._keys import KeyTable, flag, positive
 from adapterpack.methods._lora_modules import Module, Scaling, first_match, modules, pattern_field
-from adapterpack.methods._lora_variants import refused_variant
+from adapterpack.methods._lora_variants import moved_base, refused_variant
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Tensor
 
@@ -60,8 +60,8 @@ def parse(c: Checkpoint) -> Adapter:
     reason = refused_variant(c.config, c.tensors)
     if reason is not None:
         hint = "merge it with PEFT"
-        if "changes the base" in reason:
-            hint = "save it again with PEFT's path_initial_model_for_weight_conversion; that is plain LoRA"
+        if moved_base(c.config) not in (None, "loftq"):
+            hint = "adapterpack convert SRC DST --to lora --init INIT_ADAPTER makes plain LoRA of it; then go on"
         raise Unsupported(f"{c.name} is not plain LoRA: {reason}", hint=hint)
     a = keys.parse(c, "lora", "lora", nested=True)
     return replace(a, parameters=_parameters.named(a.modules, a.config))
