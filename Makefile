@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults lint bench clean
+.PHONY: demo test faults engines lint bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(STAMP)  ## lint, types and every test that needs no GPU
 
 faults: $(STAMP)  ## kill and fail system calls at every write and rename (Linux, strace)
 	$(BIN)/python -m pytest -m faults
+
+engines: $(STAMP)  ## vLLM's own loader and a real llama.cpp read what `convert --for` writes (tests/test_engine_proofs.py)
+	$(BIN)/python -m pytest -m engines
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterpack import containers, hub, methods
+from adapterpack import containers, engines, hub, methods
 from adapterpack.adapter import Adapter, Finding, Method, Progress, Request
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
+from adapterpack.engine_rules import Facts
 from adapterpack.errors import AdapterpackError, InvalidFile, Unsupported, WrongBase
 from adapterpack.tensor import Tensor, chunks, numpy_dtype
 
@@ -37,6 +38,7 @@ def check(
     source: str | Path,
     *,
     base: str | Path | None = None,
+    engine: str | None = None,
     subfolder: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -45,10 +47,13 @@ def check(
 
     Args:
         base: Hold keys and shapes against this base; by default the one that the adapter names, if it is here.
+        engine: Find, too, why this engine would reject it or load it as something else; see `engines`.
 
     Raises:
+        UsageError: there is no such engine.
         InvalidFile: it cannot be read at all.
     """
+    reader = None if engine is None else engines.named(engine)
     with ExitStack() as stack:
         c = stack.enter_context(containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle))
         findings = list(_values(c, progress))
@@ -57,10 +62,15 @@ def check(
             method, adapter = methods.parse(c)
         except Unsupported as e:
             notes.append(f"only the values were checked: {e.message}")
+            if reader is not None:
+                findings.append(Finding("not-plain-lora", "peft_type", f"not for {reader.name}: {e.message}", e.hint))
         else:
             model, note = _model(base, adapter, stack)
             notes += [note] if note else []
             findings += _method_findings(method, adapter, model)
+            if reader is not None:
+                findings += _engine_findings(reader, adapter, model)
+                notes.append(f"{reader.name}: rules of version {reader.version} ({reader.proof})")
         c.still_same()
     return Health(all(f.warning for f in findings), tuple(findings), tuple(notes))
 
@@ -139,6 +149,13 @@ def _method_findings(method: Method, a: Adapter, model: Base | None) -> Iterator
         )
     if model is not None:
         yield from _base_findings(method, a, model)
+
+
+def _engine_findings(reader: engines.Engine, a: Adapter, model: Base | None) -> Iterator[Finding]:
+    try:
+        yield from engines.findings(reader, Facts.of(a, model))
+    except InvalidFile as e:
+        yield Finding("malformed", a.source.name, e.message, e.hint)
 
 
 def _base_findings(method: Method, a: Adapter, model: Base) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from adapterpack.backend import Backend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Combination(Conversion):
     """What `combine` made, or would make; see `Conversion` for the rest.
 

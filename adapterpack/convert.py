@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterpack import card, casting, containers, hub, initial, methods
+from adapterpack import card, casting, containers, engines, hub, initial, methods, projections, serving
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -31,7 +31,7 @@ from adapterpack.tensor import CASTABLE, DType
 from adapterpack.verify import compare, worst
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
     """What `convert` or `compress` made, or would make.
 
@@ -45,6 +45,7 @@ class Conversion:
         dropped: What is gone, and files that were left behind.
         max_rel_error: Largest relative error of a module's change of W, measured; 0 where it is exact.
         notes: What the user should know.
+        serve: With an engine named: the command that serves it.
     """
 
     output: str
@@ -56,6 +57,7 @@ class Conversion:
     dropped: tuple[str, ...]
     max_rel_error: float
     notes: tuple[str, ...]
+    serve: str | None = None
 
 
 def convert(
@@ -64,6 +66,9 @@ def convert(
     *,
     to: str | None = None,
     dtype: str | None = None,
+    engine: str | None = None,
+    extra: str = "refuse",
+    layout: str | None = None,
     base: str | Path | None = None,
     base_dtype: str | None = None,
     init: str | Path | None = None,
@@ -83,8 +88,12 @@ def convert(
         destination: The new PEFT directory.
         to: Encoding (`full-logits`, `topk`, `projection`, `seed`) or method (`lora`).
         dtype: `float32`, `bfloat16` or `float16` for the parameters.
+        engine: Plain LoRA that this engine reads as PEFT does, `vllm`, `peft==0.10`; the others are in `engines`.
+        extra: What becomes of that which the engine has no place for: `refuse` the adapter, `split` it off into files
+            of its own, `fold` it into LoRA where that is exact (with `base`).
+        layout: `split` or `fused` projections: q, k, v; gate, up.
         base: Where the base's shapes are to be had; its weights are read only where the change depends on them
-            (a cast of DoRA).
+            (a cast of DoRA, `fold`).
         base_dtype: The dtype of the base in training, where `base` does not tell.
         init: With `lora`: the adapter as it was before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
         max_error: The largest relative error allowed; None: nothing beyond `equivalent`.
@@ -97,12 +106,8 @@ def convert(
         WrongBase: it needs the base's shapes, or they do not fit.
         DestinationExists, UsageError, WriteFailed: see `io.atomic`.
     """
-    if to is None and dtype is None:
-        raise UsageError("nothing to convert to", hint="--to ENCODING or --dtype DTYPE")
-    if warm_start and to != "full-logits":
-        raise UsageError("--warm-start goes with --to full-logits")
-    if init is not None and to != "lora":
-        raise UsageError("--init goes with --to lora")
+    _check_wishes(to, dtype, engine, extra, layout, warm_start, init)
+    reader = None if engine is None else engines.named(engine)
     target = Path(destination).expanduser()
     protected = inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
@@ -110,26 +115,112 @@ def convert(
         checkpoint = stack.enter_context(
             containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
         )
-        if init is not None or (to == "lora" and moved_base(checkpoint.config)):
+        if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
             refuse_loss(measured, max_error)
             return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
         method, adapter = methods.parse(checkpoint)
+        if to is None and (reader or layout) and adapter.method != "lora":
+            to = "lora"
         edge = None if to is None else find_edge(method, adapter, to)
         request, model, base_notes = _request(
-            method, adapter, edge, base, base_dtype, max_error, warm_start, device, stack
+            method, adapter, edge, base, base_dtype, max_error, warm_start, device, stack, strict=layout is None
         )
         outcome = Outcome(adapter, Grade.LOSSLESS)
         if edge is not None:
             if progress:
                 progress("convert", 0, 1)
             outcome = edge.run(adapter, request)
-        if dtype is not None:
-            outcome = cast_outcome(outcome, named_dtype(dtype))
-        measured = measure((method, adapter), outcome, request, model, progress)
+        steps = _Steps(method, adapter, outcome, request, model, progress)
+        if layout is not None:
+            steps.relay(layout)
+        if reader is not None:
+            steps.serve(reader, extra)
+        outcome, measured = steps.end(None if dtype is None else named_dtype(dtype))
         refuse_loss(measured, max_error)
         outcome = replace(outcome, notes=(*base_notes, *outcome.notes, *measured.notes))
-        return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
+        result = publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
+        return result if reader is None else replace(result, serve=serving.command(reader, outcome.adapter, target))
+
+
+def _check_wishes(
+    to: str | None,
+    dtype: str | None,
+    engine: str | None,
+    extra: str,
+    layout: str | None,
+    warm_start: bool,
+    init: str | Path | None,
+) -> None:
+    """Raise UsageError for wishes that do not go together."""
+    if to is None and dtype is None and engine is None and layout is None:
+        raise UsageError(
+            "nothing to convert to", hint="--to ENCODING, --for ENGINE, --layout LAYOUT or --dtype DTYPE"
+        )
+    if warm_start and to != "full-logits":
+        raise UsageError("--warm-start goes with --to full-logits")
+    if init is not None and to != "lora":
+        raise UsageError("--init goes with --to lora")
+    if init is not None and (engine is not None or layout is not None):
+        raise UsageError("--init does not go with --for and --layout", hint="first --to lora --init")
+    if to not in (None, "lora") and (engine is not None or layout is not None):
+        raise UsageError(f"--to {to} does not go with --for and --layout: they write plain LoRA")
+    if extra != "refuse" and engine is None:
+        raise UsageError("--extra goes with --for")
+    if layout not in (None, *projections.LAYOUTS):
+        raise UsageError(f"no layout {layout!r:.20}", hint=f"one of {', '.join(projections.LAYOUTS)}")
+
+
+class _Steps:
+    """Conversions one after the other, each measured against what it was made of."""
+
+    def __init__(
+        self,
+        method: Method,
+        source: Adapter,
+        outcome: Outcome,
+        request: Request,
+        model: Base | None,
+        progress: Progress | None,
+    ) -> None:
+        self._before = (method, source)
+        self._outcome, self._comparable = outcome, outcome.adapter
+        self._request, self._model, self._progress = request, model, progress
+        self._error, self._notes = 0.0, tuple[str, ...]()
+
+    def relay(self, layout: str) -> None:
+        """Split or fuse projections; measured on the way back, where the modules are the same again."""
+        now = self._outcome
+        relaid = projections.relay(now.adapter, layout, self._model)
+        self._measure(Outcome(relaid.back, Grade.EQUIVALENT))
+        self._before = (methods.METHODS["LORA"], relaid.adapter)
+        grade = min(now.grade, Grade.EQUIVALENT)
+        self._outcome = Outcome(relaid.adapter, grade, now.dropped, (*now.notes, *relaid.notes))
+        self._comparable = relaid.adapter
+        self._request = replace(self._request, shapes=None)
+
+    def serve(self, reader: engines.Engine, extra: str) -> None:
+        """Make it fit an engine."""
+        prepared = serving.prepare(reader, self._before[1], self._outcome, extra, self._model)
+        self._before = (self._before[0], prepared.reference)
+        self._outcome, self._comparable = prepared.outcome, prepared.comparable
+        self._error += prepared.error
+        self._notes = (*self._notes, *serving.advice(reader, prepared.outcome.adapter))
+
+    def end(self, dtype: DType | None) -> tuple[Outcome, Measured]:
+        """What came of it, and how far it is from the source."""
+        if dtype is not None:
+            comparable = cast_outcome(replace(self._outcome, adapter=self._comparable), dtype).adapter
+            self._outcome, self._comparable = cast_outcome(self._outcome, dtype), comparable
+        last = self._measure(replace(self._outcome, adapter=self._comparable))
+        equivalent = last.grade is not Grade.APPROXIMATE and self._error <= EQUIVALENT_ERROR
+        grade = last.grade if equivalent else Grade.APPROXIMATE
+        return self._outcome, Measured(grade, self._error, (*self._notes, *last.notes))
+
+    def _measure(self, outcome: Outcome) -> Measured:
+        measured = measure(self._before, outcome, self._request, self._model, self._progress)
+        self._error += measured.error
+        return measured
 
 
 def _without_start(
@@ -201,10 +292,12 @@ def _request(
     warm_start: bool,
     device: str,
     stack: ExitStack,
+    *,
+    strict: bool = True,
 ) -> tuple[Request, Base | None, tuple[str, ...]]:
     """What the conversion may use, and the base; a base that the adapter names itself is used where one is needed."""
     wanted = Need.SHAPES in edge.needs if edge is not None else depends_on_shapes(method, a)
-    shapes, notes = open_shapes(a, base, stack, wanted=wanted)
+    shapes, notes = open_shapes(a, base, stack, wanted=wanted, strict=strict)
     known = None if base_dtype is None else named_dtype(base_dtype)
     return Request(TorchBackend(device), shapes, known, max_error, warm_start), shapes, notes
 
@@ -215,9 +308,12 @@ def depends_on_shapes(method: Method, a: Adapter) -> bool:
 
 
 def open_shapes(
-    a: Adapter, base: str | Path | None, stack: ExitStack, *, wanted: bool
+    a: Adapter, base: str | Path | None, stack: ExitStack, *, wanted: bool, strict: bool = True
 ) -> tuple[Base | None, tuple[str, ...]]:
     """The base that was named; where one is wanted and none was, the one that the adapter names, if it is here.
+
+    Args:
+        strict: Must it have the adapter's modules under their names?
 
     Returns:
         The base, None if there is none, and notes.
@@ -233,7 +329,8 @@ def open_shapes(
     if path is None:
         return None, notes
     shapes = stack.enter_context(Base(path, weights=False))
-    shapes.require([f"{m}.weight" for m in a.modules], a.config)
+    if strict:
+        shapes.require([f"{m}.weight" for m in a.modules], a.config)
     return shapes, notes
 
 
@@ -249,6 +346,10 @@ def cast_outcome(outcome: Outcome, dtype: DType) -> Outcome:
     if new is a:
         return replace(outcome, notes=notes)
     return Outcome(new, min(outcome.grade, Grade.EQUIVALENT), outcome.dropped, notes)
+
+
+_SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""What a LoRA's scales come from."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +386,8 @@ def measure(
     # What would be refused by merge is not handed on either: this reads no values.
     with contextlib.suppress(WrongBase):
         collections.deque(before[0].changes(before[1], request), maxlen=0)
-    if outcome.grade is Grade.EQUIVALENT and casting.same_values(before[1], outcome.adapter):
+    same_scales = all(before[1].config.get(f) == outcome.adapter.config.get(f) for f in _SCALES)
+    if outcome.grade is Grade.EQUIVALENT and same_scales and casting.same_values(before[1], outcome.adapter):
         return Measured(Grade.EQUIVALENT, 0.0)
     after = (methods.METHODS[outcome.adapter.method.upper()], outcome.adapter)
     weights = model if model is not None and model.tensors else None

@@ -41,7 +41,7 @@ class ModuleRank:
     rel_error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resizing(Conversion):
     """What `resize` made, or would make; see `Conversion` for the rest.
 

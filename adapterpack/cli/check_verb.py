@@ -13,6 +13,9 @@ UNHEALTHY = 3
 @click.command("check")
 @click.argument("source", metavar="SRC")
 @click.option("--base", metavar="BASE", help="Hold keys and shapes against this base.")
+@click.option(
+    "--for", "engine", metavar="ENGINE", help="Would vllm, sglang, tgi, lorax, llamacpp, peft==0.10 read it?"
+)
 @out.source_options
 @out.output_options
 @click.pass_context
@@ -20,6 +23,7 @@ def command(
     ctx: click.Context,
     source: str,
     base: str | None,
+    engine: str | None,
     subfolder: str | None,
     allow_pickle: bool,
     as_json: bool,
@@ -28,9 +32,12 @@ def command(
     """Look for every known fault of an adapter. Exit code 3 if there is one.
 
     Without --base, the base that the adapter names is used if it is a local directory or in the Hub cache.
+    With --for, each rule of the engine that it breaks is a finding: rejected, misread or ignored there.
     """
     with out.progress(quiet or as_json) as progress:
-        result = check(source, base=base, subfolder=subfolder, allow_pickle=allow_pickle, progress=progress)
+        result = check(
+            source, base=base, engine=engine, subfolder=subfolder, allow_pickle=allow_pickle, progress=progress
+        )
     if as_json:
         out.print_json("check", result)
     elif not quiet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from adapterpack import projections, serving
 from adapterpack.cli import _output as out
 from adapterpack.convert import Conversion, convert
 
@@ -13,6 +14,15 @@ from adapterpack.convert import Conversion, convert
 @click.argument("destination", metavar="DST")
 @click.option("--to", metavar="TARGET", help="full-logits, topk, projection, seed or lora.")
 @click.option("--dtype", metavar="D", help="keep, float32, bfloat16 or float16.")
+@click.option("--for", "engine", metavar="ENGINE", help="vllm, sglang, tgi, lorax, llamacpp, peft or peft==0.10.")
+@click.option(
+    "--extra",
+    type=click.Choice(serving.EXTRA),
+    default="refuse",
+    show_default=True,
+    help="With --for: replaced modules, embeddings and token rows that the engine has no place for.",
+)
+@click.option("--layout", type=click.Choice(projections.LAYOUTS), help="q, k, v and gate, up: apart or in one.")
 @click.option("--base", metavar="BASE", help="The base model; shapes, seldom weights, are read.")
 @click.option("--base-dtype", metavar="D", help="dtype of the base in training, where BASE does not tell.")
 @click.option("--init", metavar="INIT", help="PiSSA, OLoRA, CorDA, LoRA-GA to lora: the adapter before training.")
@@ -30,6 +40,9 @@ def command(
     destination: str,
     to: str | None,
     dtype: str | None,
+    engine: str | None,
+    extra: str,
+    layout: str | None,
     base: str | None,
     base_dtype: str | None,
     init: str | None,
@@ -43,13 +56,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Convert an adapter to another encoding, method or dtype.
+    """Convert an adapter to another encoding, method or dtype, or for a serving engine.
 
     \b
     VB-LoRA  full-logits -> topk, lora;  topk -> lora, full-logits (with --warm-start)
     VeRA     projection -> seed, lora;   seed -> projection, lora (lora takes --base)
     PiSSA, OLoRA, CorDA, LoRA-GA -> lora: exact with --init; PiSSA and OLoRA also with --base
-    all      --dtype
+    all      --dtype, --for (plain LoRA that the engine reads as PEFT does), --layout
 
     What is lost is measured on the change of W. Beyond 5e-6 it is refused (exit code 4), save within
     --max-error.
@@ -60,6 +73,9 @@ def command(
             destination,
             to=to,
             dtype=None if dtype == "keep" else dtype,
+            engine=engine,
+            extra=extra,
+            layout=layout,
             base=base,
             base_dtype=base_dtype,
             init=init,
@@ -94,5 +110,7 @@ def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, 
     ]
     if r.dropped:
         rows.append(["dropped", "; ".join(r.dropped)])
+    if r.serve:
+        rows.append(["serve with" if not r.serve.startswith("Peft") else "load with", r.serve])
     out.table(rows)
     out.say(r.notes)

@@ -226,8 +226,10 @@ def write_adapter(c: Checkpoint, directory: Path) -> int:
         else:
             safetensors.write(out, c.tensors, _metadata(c))
     for name, source in c.files.items():
+        with atomic.explained(directory / name):
+            (directory / name).parent.mkdir(exist_ok=True)
         with atomic.create(directory / name) as out:
             for chunk in chunks(source):
                 out.write(chunk)
     c.still_same()
-    return sum(entry.stat().st_size for entry in directory.iterdir())
+    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file())

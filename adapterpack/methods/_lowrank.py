@@ -24,9 +24,16 @@ def norm(xp: Backend, f: LowRank) -> float:
 
 
 def same(xp: Backend, x: LowRank, y: LowRank) -> bool:
-    """The very same finite factors."""
-    equal = x.scale == y.scale and xp.torch.equal(x.b, y.b) and xp.torch.equal(x.a, y.a)
-    return equal and bool(x.b.isfinite().all()) and bool(x.a.isfinite().all())
+    """The very same finite product: the same factors, wherever the scale stands, and zeros beyond the lower rank."""
+    rank = min(x.a.shape[0], y.a.shape[0])
+    # What is beyond adds nothing only if it is finite; 0 * inf is NaN.
+    if not all(bool(f.isfinite().all()) for f in (x.b, x.a, y.b, y.a)):
+        return False
+    if x.b[:, rank:].any() or y.b[:, rank:].any() or not xp.torch.equal(x.a[:rank], y.a[:rank]):
+        return False
+    if x.scale == y.scale:
+        return bool(xp.torch.equal(x.b[:, :rank], y.b[:, :rank]))
+    return bool(xp.torch.equal(x.b[:, :rank].double() * x.scale, y.b[:, :rank].double() * y.scale))
 
 
 def distance(xp: Backend, x: LowRank, y: LowRank) -> float:
