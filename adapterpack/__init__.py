@@ -1,20 +1,27 @@
 """adapterpack: convert, compress, verify and merge fine-tuned adapter checkpoints, with proof.
 
-The verbs of the command line are functions here; each returns a frozen dataclass. Importing this costs no
-torch: that is loaded when maths begins.
+The verbs of the command line are functions here; each returns a frozen dataclass. Importing this costs
+nothing: a verb is loaded when it is asked for, torch when maths begins.
 """
 
-from adapterpack.check import Health, check
-from adapterpack.combine import Combination, combine
-from adapterpack.compress import compress
-from adapterpack.convert import Conversion, convert
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from adapterpack.errors import AdapterpackError
-from adapterpack.extract import ExtractedModule, Extraction, extract
-from adapterpack.inspect import Inspection, inspect
-from adapterpack.merge import Merge, merge
-from adapterpack.resize import Resizing, resize
-from adapterpack.verify import Verification, verify
 from adapterpack.version import __version__
+
+if TYPE_CHECKING:
+    from adapterpack.check import Health, check
+    from adapterpack.combine import Combination, combine
+    from adapterpack.compress import compress
+    from adapterpack.convert import Conversion, convert
+    from adapterpack.extract import ExtractedModule, Extraction, extract
+    from adapterpack.inspect import Inspection, inspect
+    from adapterpack.merge import Merge, merge
+    from adapterpack.resize import Resizing, resize
+    from adapterpack.verify import Verification, verify
 
 __all__ = [
     "AdapterpackError",
@@ -38,3 +45,39 @@ __all__ = [
     "resize",
     "verify",
 ]
+
+_HOMES = {
+    "Combination": "combine",
+    "Conversion": "convert",
+    "ExtractedModule": "extract",
+    "Extraction": "extract",
+    "Health": "check",
+    "Inspection": "inspect",
+    "Merge": "merge",
+    "Resizing": "resize",
+    "Verification": "verify",
+}
+_VERBS = {"check", "combine", "compress", "convert", "extract", "inspect", "merge", "resize", "verify"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS and name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, name)}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """A verb and the module that it stands in have one name: here it is the verb, whichever was asked for first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _VERBS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

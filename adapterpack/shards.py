@@ -19,7 +19,7 @@ from typing import TypeAlias
 from adapterpack import exactness, plan
 from adapterpack.adapter import Block, Progress
 from adapterpack.backend import Backend
-from adapterpack.io.files import FileSpan, write
+from adapterpack.io.files import FileSpan, start_writeback, write
 from adapterpack.layout import Segment, Shard, not_finite
 from adapterpack.tensor import Source, chunks, nonfinite
 
@@ -29,6 +29,8 @@ _SPAN = 64 << 20
 """Bytes of one piece of copying: so often is progress told."""
 
 
+_WRITEBACK = 64 << 20
+"""Bytes that may wait before the disk is set to work."""
 _TELL = 4 << 20
 """Bytes from one word of progress to the next."""
 _FINISHERS = 8
@@ -147,6 +149,7 @@ class _Output:
         self._path, self._told = stage / shard.name, told
         self._fd = -1
         self._left = shard.size
+        self._waiting = 0
         self._changed: set[str] = set()
         self._lock = threading.Lock()
 
@@ -178,6 +181,12 @@ class _Output:
     def _wrote(self, n: int) -> None:
         with self._lock:
             self._left -= n
+            self._waiting += n
+            due = self._waiting >= _WRITEBACK
+            if due:
+                self._waiting = 0
+        if due:
+            start_writeback(self._opened())
         self._told.more(n)
 
     def is_changed(self, name: str) -> bool:
