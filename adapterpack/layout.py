@@ -243,7 +243,7 @@ def write_documents(base: Base, layout: Layout, stage: Path, *, requantise: bool
         config = _untied(config)
     written = set()
     if config != base.config:
-        _write(stage, CONFIG, strict_json.dump(config))
+        atomic.write(stage / CONFIG, strict_json.dump(config))
         written.add(CONFIG)
     homes = {s.name: shard.name for shard in layout.shards for s in shard.segments}
     if base.index is None or homes == base.index["weight_map"]:
@@ -254,13 +254,8 @@ def write_documents(base: Base, layout: Layout, stage: Path, *, requantise: bool
         if type(metadata.get(field)) is int:
             metadata[field] = sum(getattr(t, more) for t in tensors)
     index = {**base.index, "metadata": metadata, "weight_map": dict(sorted(homes.items()))}
-    _write(stage, INDEX, strict_json.dump(index))
+    atomic.write(stage / INDEX, strict_json.dump(index))
     return {*written, INDEX}
-
-
-def _write(stage: Path, name: str, data: bytes) -> None:
-    with atomic.create(stage / name) as out:
-        out.write(data)
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:

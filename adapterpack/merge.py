@@ -285,9 +285,9 @@ class _Job:
                 hint="is B all zero, or the change too small for the base's dtype? see adapterpack check",
             )
         error = None if o.verify == "off" else self._verify(part.path, backend.result(), changed)
+        # Digests come before the file that holds them is there to be digested.
         story = self._lineage(layout, self._digests(part.path, layout, carried))
-        with atomic.create(part.path / lineage.NAME) as out:
-            out.write(story)
+        atomic.write(part.path / lineage.NAME, story)
         size = sum(f.stat().st_size for f in part.path.rglob("*") if f.is_file())
         notes = [*self._base_notes(), *self._told(layout, changed, reused)]
         if o.requantize and error is not None:

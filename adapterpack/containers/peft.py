@@ -217,8 +217,7 @@ def write_adapter(c: Checkpoint, directory: Path) -> int:
         ChangedWhileReading: an input changed meanwhile; nothing of it may be published.
         WriteFailed: the system refuses.
     """
-    with atomic.create(directory / CONFIG) as out:
-        out.write(_config(c))
+    atomic.write(directory / CONFIG, _config(c))
     with atomic.create(directory / WEIGHTS) as out:
         if c.weights is not None:
             for chunk in chunks(c.weights):

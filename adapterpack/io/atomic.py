@@ -102,6 +102,12 @@ def create(path: Path) -> Iterator[BinaryIO]:
         raise _write_failed(path, e) from e
 
 
+def write(path: Path, data: bytes) -> None:
+    """A new file with these bytes; see `create`."""
+    with create(path) as file:
+        file.write(data)
+
+
 def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...] = ()) -> None:
     """Refuse a destination before any work is done; see `staged_directory`."""
     parent = destination.parent
