@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adapterpack.inspect import Inspection, inspect
     from adapterpack.merge import Merge, merge
     from adapterpack.resize import Resizing, resize
+    from adapterpack.unpack import Unpacked, unpack
     from adapterpack.verify import Verification, verify
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Inspection",
     "Merge",
     "Resizing",
+    "Unpacked",
     "Verification",
     "__version__",
     "check",
@@ -43,6 +45,7 @@ __all__ = [
     "inspect",
     "merge",
     "resize",
+    "unpack",
     "verify",
 ]
 
@@ -55,9 +58,10 @@ _HOMES = {
     "Inspection": "inspect",
     "Merge": "merge",
     "Resizing": "resize",
+    "Unpacked": "unpack",
     "Verification": "verify",
 }
-_VERBS = {"check", "combine", "compress", "convert", "extract", "inspect", "merge", "resize", "verify"}
+_VERBS = {"check", "combine", "compress", "convert", "extract", "inspect", "merge", "resize", "unpack", "verify"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,11 @@ def check(
     """
     reader = None if engine is None else engines.named(engine)
     with ExitStack() as stack:
-        c = stack.enter_context(containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle))
+        opened = containers.open_checkpoint(
+            source, subfolder=subfolder, allow_pickle=allow_pickle, base=hub.named_base(base)
+        )
+        c = stack.enter_context(opened)
+        c.prove()
         findings = list(_values(c, progress))
         notes: list[str] = []
         try:

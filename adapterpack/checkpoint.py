@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from adapterpack.tensor import Source, Tensor, digest
+
+if TYPE_CHECKING:
+    from adapterpack.containers.apack.reader import Pack
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,11 @@ class Checkpoint:
         config_bytes: adapter_config.json byte for byte; None once the config was changed.
         weights: The tensor file byte for byte; None once a tensor was changed.
         files: Small files that are carried along: card, tokenizer, texts.
-        left: Names of files that are never carried: pickles, optimizer state, other weights, folders.
+        weights_sha256: Of the tensor file, where it is known without reading it.
+        state: What only a lossless pack carries: pickles, optimizer state, other weights, files in folders.
+        left: Names of what conversions do not carry: all of `state`, folders, and what is no regular file.
         bytes: Sum of all files of the directory, folders not counted.
+        pack: The pack that it lies in; None: a directory.
     """
 
     name: str
@@ -37,13 +43,18 @@ class Checkpoint:
     config_bytes: bytes | None = None
     weights: Source | None = None
     files: Mapping[str, Source] = field(default_factory=dict)
+    weights_sha256: str | None = None
+    state: Mapping[str, Source] = field(default_factory=dict)
     left: tuple[str, ...] = ()
     bytes: int = 0
+    pack: Pack | None = field(default=None, repr=False)
     on_close: tuple[Callable[[], None], ...] = field(default=(), repr=False)
     still_same: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def digest(self) -> str:
         """SHA-256 of the tensor file; of names, types and bytes of the tensors where there is no such file."""
+        if self.weights_sha256 is not None:
+            return self.weights_sha256
         if self.weights is not None:
             return digest(self.weights)
         h = hashlib.sha256()
@@ -54,6 +65,11 @@ class Checkpoint:
     @property
     def peft_type(self) -> str:
         return str(self.config["peft_type"])
+
+    def prove(self) -> None:
+        """Read all of a pack and compare it with its digests; a directory has none. Raises InvalidFile."""
+        if self.pack is not None:
+            self.pack.prove()
 
     def close(self) -> None:
         for close in self.on_close:

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from adapterpack import casting, containers, methods
+from adapterpack import casting, containers, hub, methods
 from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
-from adapterpack.containers import size_of
+from adapterpack.containers import apack, size_of
 from adapterpack.convert import (
     Conversion,
     Measured,
@@ -27,6 +27,7 @@ from adapterpack.convert import (
 from adapterpack.errors import UsageError
 from adapterpack.methods import _lora_resizing
 from adapterpack.methods._keys import render
+from adapterpack.pack import pack
 from adapterpack.tensor import BF16, F16
 
 
@@ -35,8 +36,12 @@ def compress(
     destination: str | Path,
     *,
     lossless: bool = False,
+    equivalent: bool = False,
     max_error: float | None = None,
+    parent: str | Path | None = None,
     base: str | Path | None = None,
+    adapter_only: bool = False,
+    jobs: int | None = None,
     device: str = "cpu",
     subfolder: str | None = None,
     allow_pickle: bool = False,
@@ -44,52 +49,112 @@ def compress(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write the most compact PEFT directory of an adapter.
+    """Write the most compact PEFT directory of an adapter, or a pack.
 
     Args:
         source: The adapter; only read.
-        destination: The new directory.
-        lossless: Keep every tensor and file as it is.
-        max_error: Go on to 16-bit casts and lower ranks, as far as this relative error allows.
-        base: Saved embeddings that equal this base's are left out.
+        destination: The new directory, or a file that ends in `.apack`.
+        lossless: Keep every tensor and file as it is; a pack does so unless told otherwise.
+        equivalent: The same change of W in the most compact encoding; a directory does so unless told otherwise.
+        max_error: Go on to lower ranks and 16-bit casts, in a pack to quantised values, as far as this allows.
+        parent: Of a lossless pack: the checkpoint before this one; see `pack`.
+        base: Saved embeddings that equal this base's are left out; a lossless pack refers to them.
+        adapter_only: Of a lossless pack: leave the training state out.
+        jobs: Of a pack: threads; None: one for each core, four at most.
         dry_run: Measure only; nothing is written.
 
     Raises:
-        UsageError: `lossless` and `max_error` together.
-        See `convert` for the rest.
+        UsageError: options that exclude each other.
+        See `convert` and `pack` for the rest.
     """
-    if lossless and max_error is not None:
-        raise UsageError("--lossless and --max-error exclude each other")
     target = Path(destination).expanduser()
+    _check_options(target, lossless, equivalent, max_error, parent, adapter_only)
+    if target.suffix == apack.SUFFIX and not equivalent and max_error is None:
+        return pack(
+            source,
+            target,
+            parent=parent,
+            base=base,
+            adapter_only=adapter_only,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            jobs=jobs,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
     protected = inputs(source, base)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(
-            containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
+        opened = containers.open_checkpoint(
+            source, subfolder=subfolder, allow_pickle=allow_pickle, base=hub.named_base(base)
         )
+        checkpoint = stack.enter_context(opened)
         method, adapter = methods.parse(checkpoint)
         wanted = max_error is not None and depends_on_shapes(method, adapter)
         model, notes = open_shapes(adapter, base, stack, wanted=wanted)
         request = Request(TorchBackend(device), model, max_error=max_error)
-        outcome = Outcome(adapter, Grade.LOSSLESS)
-        reference = adapter
-        if not lossless:
-            if base is not None and model is not None and model.tensors:
-                outcome = _without_copies(adapter, model)
-                reference = outcome.adapter
-            outcome = _equivalent(method, outcome, request)
-        if max_error is not None:
-            outcome = _smallest((method, reference), outcome, request, model, progress)
-        measured = measure((method, reference), outcome, request, model, progress)
-        refuse_loss(measured, max_error)
-        outcome = replace(outcome, notes=(*notes, *outcome.notes, *measured.notes))
-        before, after = size_of(render(adapter)), size_of(render(outcome.adapter))
-        if after >= before:
-            hint = "nothing to gain here: the result is a copy"
-            ways = "--dtype bfloat16 with convert, or --max-error, make it smaller at a measured loss"
-            outcome = Outcome(adapter, Grade.LOSSLESS, notes=(f"{hint}; {ways}",))
-            measured = Measured(Grade.LOSSLESS, 0.0)
-        return publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
+        outcome, measured = _compressed(method, adapter, request, model, target, lossless, base, progress)
+        outcome = replace(outcome, notes=(*notes, *outcome.notes))
+        return publish(
+            checkpoint,
+            outcome,
+            measured,
+            target,
+            protected,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            max_error=max_error,
+        )
+
+
+def _compressed(
+    method: Method,
+    adapter: Adapter,
+    request: Request,
+    model: Base | None,
+    target: Path,
+    lossless: bool,
+    base: str | Path | None,
+    progress: Progress | None,
+) -> tuple[Outcome, Measured]:
+    """The smallest form that is allowed, and how far it is from the adapter."""
+    outcome = Outcome(adapter, Grade.LOSSLESS)
+    reference = adapter
+    if not lossless:
+        if base is not None and model is not None and model.tensors:
+            outcome = _without_copies(adapter, model)
+            reference = outcome.adapter
+        outcome = _equivalent(method, outcome, request)
+    if request.max_error is not None:
+        outcome = _smallest((method, reference), outcome, request, model, progress)
+    measured = measure((method, reference), outcome, request, model, progress)
+    refuse_loss(measured, request.max_error)
+    outcome = replace(outcome, notes=(*outcome.notes, *measured.notes))
+    before, after = size_of(render(adapter)), size_of(render(outcome.adapter))
+    if after >= before and target.suffix != apack.SUFFIX:
+        hint = "nothing to gain here: the result is a copy"
+        ways = "a DST that ends in .apack, --dtype bfloat16 with convert, or --max-error make it smaller"
+        return Outcome(adapter, Grade.LOSSLESS, notes=(f"{hint}; {ways}",)), Measured(Grade.LOSSLESS, 0.0)
+    return outcome, measured
+
+
+def _check_options(
+    target: Path,
+    lossless: bool,
+    equivalent: bool,
+    max_error: float | None,
+    parent: str | Path | None,
+    adapter_only: bool,
+) -> None:
+    if lossless + equivalent + (max_error is not None) > 1:
+        raise UsageError("--lossless, --equivalent and --max-error exclude each other")
+    lossless_pack = target.suffix == apack.SUFFIX and not equivalent and max_error is None
+    if (parent is not None or adapter_only) and not lossless_pack:
+        raise UsageError(
+            "--parent and --adapter-only go with a lossless pack",
+            hint="name a DST that ends in .apack, without --equivalent and --max-error",
+        )
 
 
 def _equivalent(method: Method, start: Outcome, request: Request) -> Outcome:

@@ -36,9 +36,9 @@ class Conversion:
     """What `convert` or `compress` made, or would make.
 
     Attributes:
-        output: The new directory.
+        output: The new directory or pack.
         method: Of the result.
-        encoding: Of the result.
+        encoding: Of the result; None for methods that are not read.
         bytes_in: Sum of all files of the source.
         bytes_out: Sum of all files of the result.
         grade: `lossless`, `equivalent` or `approximate`.
@@ -50,7 +50,7 @@ class Conversion:
 
     output: str
     method: str
-    encoding: str
+    encoding: str | None
     bytes_in: int
     bytes_out: int
     grade: str
@@ -112,9 +112,10 @@ def convert(
     protected = inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(
-            containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
+        opened = containers.open_checkpoint(
+            source, subfolder=subfolder, allow_pickle=allow_pickle, base=hub.named_base(base)
         )
+        checkpoint = stack.enter_context(opened)
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
             refuse_loss(measured, max_error)
@@ -321,7 +322,7 @@ def open_shapes(
     Raises:
         WrongBase: it lacks modules of the adapter.
     """
-    path = None if base is None else hub.resolve_base(str(base))
+    path = hub.named_base(base)
     notes: tuple[str, ...] = ()
     if path is None and wanted:
         path = hub.implied_base(a.config)
@@ -424,16 +425,18 @@ def publish(
     *,
     overwrite: bool,
     dry_run: bool,
+    max_error: float | None = None,
 ) -> Conversion:
     """Write the result, its card mended, and say what it is."""
     a = outcome.adapter
+    dropped = (*outcome.dropped, *(f"file {name}" for name in checkpoint.left))
     rendered = render(a)
     if a.changed:
         rendered = replace(rendered, files=card.mended(rendered.files, checkpoint, a))
-    if dry_run:
-        size = containers.size_of(rendered)
-    else:
-        size = containers.write_checkpoint(rendered, target, overwrite=overwrite, sources=protected)
+    facts = containers.apack.Facts.after(checkpoint, a, measured.grade, measured.error, max_error, dropped)
+    size = containers.write_checkpoint(
+        rendered, target, overwrite=overwrite, sources=protected, facts=facts, dry_run=dry_run
+    )
     return Conversion(
         output=str(target),
         method=a.method,
@@ -441,7 +444,7 @@ def publish(
         bytes_in=checkpoint.bytes,
         bytes_out=size,
         grade=str(measured.grade),
-        dropped=(*outcome.dropped, *(f"file {name}" for name in checkpoint.left)),
+        dropped=dropped,
         max_rel_error=measured.error,
         notes=outcome.notes,
     )

@@ -6,6 +6,7 @@ AdapterpackError              exit 1   cannot be done
 │   └── ChangedWhileReading   exit 1   somebody else writes the file that we read
 ├── Unsupported               exit 1   well-formed, but nothing that this version can treat right
 │   └── PickleRefused         exit 1   code may hide in it
+├── MissingReference          exit 1   a pack's parent or base is not at hand
 ├── DestinationExists         exit 1   DST is there and --overwrite was not given
 ├── WrongBase                 exit 1   the base lacks modules, or has other shapes
 ├── NothingChanged            exit 1   a merge that would write the base again
@@ -52,6 +53,10 @@ class Unsupported(AdapterpackError):
 
 class PickleRefused(Unsupported):
     code = "pickle-refused"
+
+
+class MissingReference(AdapterpackError):
+    code = "missing-reference"
 
 
 class DestinationExists(AdapterpackError):

@@ -42,6 +42,11 @@ def resolve_base(reference: str) -> Path:
     raise InvalidFile(f"no such directory, and no such repository in the local Hub cache: {reference}", hint=hint)
 
 
+def named_base(reference: str | Path | None) -> Path | None:
+    """`resolve_base` of a base that was named; None: none was."""
+    return None if reference is None else resolve_base(str(reference))
+
+
 def implied_base(config: Mapping[str, Any]) -> Path | None:
     """The base that an adapter names, if it is a local directory or already in the cache. Nothing is downloaded."""
     name = config.get("base_model_name_or_path")

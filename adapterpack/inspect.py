@@ -4,17 +4,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterpack import containers, hub, methods
 from adapterpack.adapter import Adapter, Method
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
+from adapterpack.containers import apack
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.tensor import Tensor
 
 _TRAINING_STATE = ("optimizer.", "scheduler.", "rng_state", "scaler.", "trainer_state.json", "training_args.bin")
+
+
+@dataclass(frozen=True)
+class PackFacts:
+    """What a pack says of itself.
+
+    Attributes:
+        bytes: Of the pack.
+        grade: What was lost when it was made.
+        max_error, error: What was allowed then and what was measured; None where nothing was lost.
+        source_bytes: Of all files that it was made from.
+        files: Paths of the files that it restores.
+        not_stored: What it takes from elsewhere, to number of tensors: recipe, base, parent, equal.
+        parents: Names of the packs and directories that it needs, the nearest first; less than `depth` where one of
+            them is not beside the pack.
+        depth: How many parents there are.
+        base: The base model that it takes tensors from.
+        producer: What wrote it.
+        dropped: What of the source is not in it.
+    """
+
+    bytes: int
+    grade: str
+    max_error: str | None
+    error: str | None
+    source_bytes: int
+    files: tuple[str, ...]
+    not_stored: dict[str, int]
+    parents: tuple[str, ...]
+    depth: int
+    base: str | None
+    producer: str
+    dropped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +70,7 @@ class Inspection:
         savings: What could go, and how.
         unsupported: Why it cannot be converted or merged; None if it can.
         notes: What is odd.
+        pack: Of a pack, what it is; None for directories.
     """
 
     method: str
@@ -52,6 +87,7 @@ class Inspection:
     savings: tuple[str, ...]
     unsupported: str | None
     notes: tuple[str, ...]
+    pack: PackFacts | None = None
 
 
 def inspect(
@@ -69,13 +105,39 @@ def inspect(
     Raises:
         InvalidFile: it cannot be read at all.
     """
-    with containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle) as c:
+    # A pack's manifest tells what it holds, whatever that is.
+    opaque = apack.is_pack(Path(source).expanduser())
+    with containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque) as c:
+        pack = _pack_facts(c)
         try:
+            if opaque and not c.tensors:
+                raise Unsupported("it holds no safetensors file: its weights are bytes here")
             method, adapter = methods.parse(c)
         except Unsupported as e:
-            return _opaque(c, e.message)
+            return replace(_opaque(c, e.message), pack=pack)
         notes = [] if base is None else [_against(adapter, hub.resolve_base(str(base)))]
-        return _known(c, method, adapter, notes)
+        return replace(_known(c, method, adapter, notes), pack=pack)
+
+
+def _pack_facts(c: Checkpoint) -> PackFacts | None:
+    if c.pack is None:
+        return None
+    m = c.pack.manifest
+    places = Counter(apack.place_name(t.place) for t in m.tensors)
+    return PackFacts(
+        bytes=c.pack.file.size,
+        grade=m.grade,
+        max_error=m.max_error,
+        error=m.error,
+        source_bytes=m.source_bytes,
+        files=tuple(file.path for file in m.files),
+        not_stored={name: n for name, n in places.items() if name is not None},
+        parents=tuple(apack.parents(c.pack)),
+        depth=0 if m.parent is None else m.parent.depth,
+        base=m.base,
+        producer=m.producer,
+        dropped=m.dropped,
+    )
 
 
 def _against(a: Adapter, path: Path) -> str:

@@ -39,3 +39,15 @@ CHUNK_BYTES = 4 << 20
 """How much is copied, hashed or scanned at a time."""
 RECIPE_ELEMENTS = 1 << 28
 """Most elements that a recipe may draw: beyond it the recipe is refused before it is run."""
+ZSTD_WINDOW_LOG = 23
+"""Largest window of a zstd frame: 8 MiB."""
+MANIFEST_BYTES = 64 << 20
+"""Longest manifest of a pack, decompressed."""
+FRAME_BYTES = 64 << 20
+"""Most bytes that one frame of a pack holds, decompressed."""
+FRAMES = 1 << 20
+"""Most frames of one pack."""
+PACK_BYTES = 10**12
+"""Largest pack, and most bytes that one file of it restores to... each is stated, and checked before work."""
+PARENTS = 64
+"""Longest chain of packs that are each stored as a difference to the one before."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +20,9 @@ from adapterpack.adapter import Adapter, Method, Progress
 from adapterpack.arithmetic import Arithmetic, Disproved
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, Base
+from adapterpack.containers import apack
 from adapterpack.errors import AdapterpackError, NothingChanged, UsageError, WriteFailed
-from adapterpack.io import atomic
+from adapterpack.io import atomic, cores
 from adapterpack.io.files import WholeFile
 from adapterpack.io.resumable import Part, resumable_directory
 from adapterpack.layout import Layout, Shard, peak_memory
@@ -144,16 +144,20 @@ def merge(
     """
     sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     factors = tuple(weights) if weights is not None else (1.0,) * len(sources)
-    options = Options(factors, rounding, verify, device, _cores() if jobs is None else jobs, digest, requantize)
+    options = Options(factors, rounding, verify, device, cores.usable() if jobs is None else jobs, digest, requantize)
     options.check(len(sources))
     base_path, target = hub.resolve_base(str(into)), Path(output).expanduser()
     protected = (base_path, *(Path(s).expanduser() for s in sources))
+    if target.suffix == apack.SUFFIX:
+        raise UsageError(f"{target}: a merged model is a directory, packs hold adapters", hint="name a directory")
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         base = stack.enter_context(Base(base_path))
         parsed = []
         for source in sources:
-            checkpoint = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle)
+            checkpoint = containers.open_checkpoint(
+                source, subfolder=subfolder, allow_pickle=allow_pickle, base=base_path
+            )
             parsed.append(methods.parse(stack.enter_context(checkpoint)))
         if requantize and base.scheme is None:
             raise UsageError(f"--requantize: {base_path} is not quantised")
@@ -173,12 +177,6 @@ def merge(
                 part.clear()
                 result = job.run(part, job.arithmetic.torch(stack), progress)
         return replace(result, output=str(target))
-
-
-def _cores() -> int:
-    """Processors that this process may use; no more than keep a disk busy, for each worker takes memory."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(found, 4)
 
 
 @dataclass

@@ -5,9 +5,11 @@ So bf16, fp8 and NaN payloads pass through untouched, and memory holds one tenso
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,6 +113,26 @@ class Memory:
 
     def read(self, start: int, stop: int) -> bytes:
         return self.data[start:stop]
+
+
+class Joined:
+    """Sources one behind the other."""
+
+    def __init__(self, parts: Iterable[Source]) -> None:
+        self._parts = [part for part in parts if part.nbytes]
+        self._ends = list(itertools.accumulate(part.nbytes for part in self._parts))
+        self.nbytes = self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop), all of them."""
+        found: list[bytes] = []
+        n = bisect.bisect_right(self._ends, start)
+        while start < min(stop, self.nbytes):
+            first = self._ends[n] - self._parts[n].nbytes
+            last = min(stop, self._ends[n])
+            found.append(self._parts[n].read(start - first, last - first))
+            start, n = last, n + 1
+        return found[0] if len(found) == 1 else b"".join(found)
 
 
 def chunks(source: Source, start: int = 0, stop: int | None = None) -> Iterator[bytes]:

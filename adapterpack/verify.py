@@ -89,12 +89,17 @@ def verify(
     """
     xp = TorchBackend(device)
     with ExitStack() as stack:
-        source = stack.enter_context(containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle))
+        here = hub.named_base(base)
+        source = stack.enter_context(
+            containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
+        )
+        source.prove()
         method_a, adapter_a = methods.parse(source)
         model = _open_base(base, stack)
         if _is_model(Path(b)):
             return _against_model((method_a, adapter_a), Path(b), model, xp, max_error, stack, progress)
-        other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle))
+        other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle, base=here))
+        other.prove()
         method_b, adapter_b = methods.parse(other)
         bound = EQUIVALENT_ERROR if max_error is None else max_error
         request = Request(xp=xp, shapes=model, max_error=bound)

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "limits", "version"},
     {"io", "tensor"},
+    {"codecs"},
     {"adapter", "checkpoint", "recipes", "architectures", "experts", "names"},
     {"backend", "exactness"},
     {"methods", "containers"},
@@ -45,7 +46,7 @@ LAYERS = [
         "svd",
         "initial",
     },
-    {"inspect", "check", "convert", "compress", "resize", "combine", "extract", "verify", "merge"},
+    {"inspect", "check", "convert", "compress", "pack", "unpack", "resize", "combine", "extract", "verify", "merge"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}

@@ -9,7 +9,7 @@ import click
 from adapterpack.cli import _edge
 from adapterpack.version import __version__
 
-VERBS = ("inspect", "check", "convert", "compress", "resize", "combine", "extract", "verify", "merge")
+VERBS = ("inspect", "check", "convert", "compress", "unpack", "resize", "combine", "extract", "verify", "merge")
 
 
 class _Verbs(click.Group):
@@ -31,8 +31,8 @@ class _Verbs(click.Group):
 def cli() -> None:
     """Convert, compress, verify and merge fine-tuned adapter checkpoints, with proof.
 
-    SRC and ADAPTER are PEFT directories (adapter_config.json beside adapter_model.safetensors), or one
-    .safetensors file with its config beside it. Inputs are never modified.
+    SRC and ADAPTER are PEFT directories (adapter_config.json beside adapter_model.safetensors), packs
+    (.apack), or one .safetensors file with its config beside it. Inputs are never modified.
 
     \b
     Exit codes: 0 done; 1 failed; 2 wrong usage; 3 verify or check found a difference or fault;

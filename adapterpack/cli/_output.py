@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -39,6 +40,14 @@ source_options = options(
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N or mps."
 )
+parent_option = click.option(
+    "--parent",
+    metavar="PREV",
+    help="The checkpoint before this one (directory or pack), or a directory of packs.",
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers; else one a core, four at most."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, with bytes; write nothing.")
 
@@ -48,6 +57,27 @@ def error_bound(ctx: click.Context, param: click.Parameter, value: float | None)
     if value is not None and not 0 <= value < math.inf:
         raise click.BadParameter("a number of 0 or more is wanted", ctx, param)
     return value
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap: a heap for each would keep 20 MB that nobody uses.
+
+    It is this process's own affair, so it stands here and not in the library.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc, malloc.h: M_ARENA_MAX.
+        ctypes.CDLL(None).mallopt(-8, 1)
+
+
+def keep_freed_memory() -> None:
+    """Let blocks of a few MB be used again instead of fetched from the system anew, which costs more than the work.
+
+    It is this process's own affair, so it stands here and not in the library.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc, malloc.h: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
+        ctypes.CDLL(None).mallopt(-3, 64 << 20)
+        ctypes.CDLL(None).mallopt(-1, 128 << 20)
 
 
 def print_json(verb: str, result: Any) -> None:
@@ -106,7 +136,7 @@ def number(x: float) -> str:
     return "0" if x == 0 else f"{x:.2e}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr, none where nobody watches or where the work is short."""
     if quiet or not sys.stderr.isatty():
@@ -137,5 +167,5 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         yield report
 
 
-_BYTES = {"merge"}
+_BYTES = {"merge", "pack", "unpack"}
 """Work that is counted in bytes."""

@@ -12,16 +12,21 @@ from adapterpack.compress import compress
 @click.command("compress")
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
-@click.option("--lossless", is_flag=True, help="Keep every tensor as it is: a clean copy.")
-@click.option("--equivalent", is_flag=True, help="The same change of W in the most compact encoding (the default).")
+@click.option("--lossless", is_flag=True, help="Every file back byte for byte (the default for .apack).")
+@click.option(
+    "--equivalent", is_flag=True, help="The same change of W in the most compact encoding (the default else)."
+)
 @click.option(
     "--max-error",
     type=float,
     metavar="E",
     callback=out.error_bound,
-    help="Cast to 16 bits and cut ranks as far as this relative error allows.",
+    help="Cut ranks and cast to 16 bits, in a pack quantise, as far as this relative error allows.",
 )
-@click.option("--base", metavar="BASE", help="Saved embeddings that equal this base's are left out.")
+@out.parent_option
+@click.option("--base", metavar="BASE", help="Tensors that equal this base's are left out, or referred to by a pack.")
+@click.option("--adapter-only", is_flag=True, help="Leave training state out of a pack.")
+@out.jobs_option
 @out.device_option
 @out.source_options
 @out.overwrite_option
@@ -33,7 +38,10 @@ def command(
     lossless: bool,
     equivalent: bool,
     max_error: float | None,
+    parent: str | None,
     base: str | None,
+    adapter_only: bool,
+    jobs: int | None,
     device: str,
     subfolder: str | None,
     allow_pickle: bool,
@@ -42,20 +50,27 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the most compact PEFT directory that stock PEFT reads back as the same adapter.
+    """Write an adapter as small as it goes: as a pack if DST ends in .apack, else as a PEFT directory.
 
-    VB-LoRA keeps its top k, values that 16 bits hold exactly take 16 bits, copies go. VeRA keeps its
-    projections: PEFT redraws them differently on other bases; `convert --to seed` drops them.
+    A pack gives every file back byte for byte (`unpack`); with --parent it stores what changed since the
+    checkpoint before. With --max-error it holds quantised values.
+
+    A directory is the most compact one that stock PEFT reads back as the same adapter: VB-LoRA keeps its
+    top k, values that 16 bits hold exactly take 16 bits, copies go. VeRA keeps its projections: PEFT
+    redraws them differently on other bases; `convert --to seed` drops them.
     """
-    if lossless + equivalent + (max_error is not None) > 1:
-        raise click.UsageError("--lossless, --equivalent and --max-error exclude each other")
+    out.keep_freed_memory()
     with out.progress(quiet or as_json) as progress:
         result = compress(
             source,
             destination,
             lossless=lossless,
+            equivalent=equivalent,
             max_error=max_error,
+            parent=parent,
             base=base,
+            adapter_only=adapter_only,
+            jobs=jobs,
             device=device,
             subfolder=subfolder,
             allow_pickle=allow_pickle,

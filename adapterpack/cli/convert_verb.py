@@ -99,7 +99,7 @@ def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, 
     if quiet:
         click.echo(r.output)
         return
-    form = r.method + (f" ({r.encoding})" if r.encoding != r.method else "")
+    form = r.method + (f" ({r.encoding})" if r.encoding not in (r.method, None) else "")
     rows = [
         ["output" if not dry_run else "would write", r.output],
         ["form", form],

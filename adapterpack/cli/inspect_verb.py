@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from adapterpack.cli import _output as out
-from adapterpack.inspect import Inspection, inspect
+from adapterpack.inspect import Inspection, PackFacts, inspect
 
 
 @click.command("inspect")
@@ -44,7 +44,28 @@ def _print(r: Inspection) -> None:
     out.table(rows)
     click.echo()
     out.table([[part, f"{n:,}"] for part, n in r.parts.items()], ["part", "bytes"], right=(1,))
+    if r.pack is not None:
+        click.echo()
+        _print_pack(r.pack)
     if r.savings:
         click.echo()
         click.echo("could go: " + "\n          ".join(r.savings))
     out.say(r.notes)
+
+
+def _print_pack(p: PackFacts) -> None:
+    rows = [
+        ["pack", f"{out.size(p.bytes)}, {out.ratio(p.bytes, p.source_bytes)} of its source"],
+        ["restores", f"{len(p.files)} files: {', '.join(p.files[:10])}{', ...' if len(p.files) > 10 else ''}"],
+        ["grade", p.grade + (f", error {p.error} of {p.max_error}" if p.error else "")],
+    ]
+    if p.not_stored:
+        rows.append(["not stored", ", ".join(f"{n} {name}" for name, n in p.not_stored.items())])
+    if p.depth:
+        rest = " ..., not all beside it" if len(p.parents) < p.depth else ""
+        rows.append(["needs", f"{' <- '.join(p.parents)}{rest} ({p.depth} in the chain)"])
+    if p.base:
+        rows.append(["needs", f"tensors of {p.base}"])
+    if p.dropped:
+        rows.append(["left out", "; ".join(p.dropped)])
+    out.table([*rows, ["written by", p.producer]])

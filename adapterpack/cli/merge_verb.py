@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
 from collections import Counter
 
@@ -33,7 +31,7 @@ from adapterpack.merge import Merge, merge
     help="Read merged tensors back and check them before anything is published.",
 )
 @out.device_option
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Workers; else one a core, four at most.")
+@out.jobs_option
 @click.option("--requantize", is_flag=True, help="Write an FP8 base as FP8 again, not in 16 bits.")
 @click.option("--digest", is_flag=True, help="Record the SHA-256 of every file read and written in the lineage.")
 @out.source_options
@@ -64,7 +62,7 @@ def command(
     model. Every parameter of the adapter is used or the merge is refused. A run that was interrupted is taken
     up again by the same command. --dry-run prints the plan.
     """
-    _share_one_heap()
+    out.share_one_heap()
     with out.progress(quiet or as_json) as progress:
         result = merge(
             adapters,
@@ -89,16 +87,6 @@ def command(
         click.echo(result.output)
     else:
         _print(result, dry_run)
-
-
-def _share_one_heap() -> None:
-    """Let all threads allocate from one heap: a heap for each would keep 20 MB that nobody uses.
-
-    It is this process's own affair, so it stands here and not in the library.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        # glibc, malloc.h: M_ARENA_MAX.
-        ctypes.CDLL(None).mallopt(-8, 1)
 
 
 def _print(r: Merge, dry_run: bool) -> None:

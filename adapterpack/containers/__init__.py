@@ -9,16 +9,49 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.containers import peft
+from adapterpack.containers import apack, peft
 from adapterpack.errors import UsageError
 from adapterpack.io import atomic
 
-_NO_CONTAINER = (".apack", ".safetensors", ".bin", ".gguf", ".npz", ".pt", ".pth", ".ckpt")
+_NO_CONTAINER = (".safetensors", ".bin", ".gguf", ".npz", ".pt", ".pth", ".ckpt")
 
 
-def open_checkpoint(source: str | Path, *, subfolder: str | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """Open whatever `source` is; see `peft.open_adapter` for the errors."""
-    return peft.open_adapter(Path(source).expanduser(), subfolder=subfolder, allow_pickle=allow_pickle)
+def open_checkpoint(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    parent: str | Path | None = None,
+    base: str | Path | None = None,
+    opaque: bool = False,
+) -> Checkpoint:
+    """Open whatever `source` is.
+
+    Args:
+        source: A PEFT directory, a `.safetensors` file with its config beside it, or a pack.
+        subfolder: Which adapter of several.
+        allow_pickle: Read adapter_model.bin, tensors only, where no safetensors file is.
+        parent: Where a pack finds the one that it is a difference to; None: beside it.
+        base: Where a pack finds tensors of its base; None: where it says.
+        opaque: The files are enough, without any tensors.
+
+    Raises:
+        See `peft.open_adapter` and `apack.open_pack`.
+    """
+    path = Path(source).expanduser()
+    if apack.is_pack(path):
+        if subfolder is not None:
+            raise UsageError("--subfolder goes with a directory, not with a pack")
+        given = None if parent is None else Path(parent).expanduser()
+        return _open(path, parent=given, base=None if base is None else Path(base).expanduser(), opaque=opaque)
+    return peft.open_adapter(path, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque)
+
+
+def _open(path: Path, *, parent: Path | None, base: Path | None, depth: int = 0, opaque: bool = False) -> Checkpoint:
+    """A pack, or the directory that is a pack's parent."""
+    if not apack.is_pack(path):
+        return peft.open_adapter(path)
+    return apack.open_pack(path, parent=parent, base=base, depth=depth, opaque=opaque, opener=_open)
 
 
 def check_target(destination: Path, *, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -31,21 +64,45 @@ def check_target(destination: Path, *, overwrite: bool, sources: Iterable[Path])
     if destination.suffix in _NO_CONTAINER:
         raise UsageError(
             f"{destination}: {destination.suffix} files cannot be written yet",
-            hint="name a directory; it becomes a PEFT directory",
+            hint="name a directory, which becomes a PEFT directory, or a .apack, which becomes a pack",
         )
-    atomic.check_destination(destination.absolute(), overwrite=overwrite, protected=tuple(sources))
+    packed = destination.suffix == apack.SUFFIX
+    atomic.check_destination(destination.absolute(), overwrite=overwrite, protected=tuple(sources), file=packed)
 
 
-def write_checkpoint(c: Checkpoint, destination: Path, *, overwrite: bool, sources: Iterable[Path]) -> int:
-    """Write a checkpoint atomically as a PEFT directory.
+def write_checkpoint(
+    c: Checkpoint,
+    destination: Path,
+    *,
+    overwrite: bool,
+    sources: Iterable[Path],
+    facts: apack.Facts | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Write a checkpoint atomically, as a PEFT directory or as a pack.
+
+    Args:
+        c: With the files that it carries.
+        facts: What a pack shall say of its making; None: that nothing was lost.
+        dry_run: Write nothing.
 
     Returns:
-        The bytes of all files written.
+        The bytes of all files written, or of those that would be.
     """
-    with atomic.staged_directory(destination, overwrite=overwrite, protected=tuple(sources)) as stage:
+    protected = tuple(sources)
+    if destination.suffix == apack.SUFFIX:
+        said = facts or apack.Facts(c.peft_type.lower(), None, "lossless", c.bytes)
+        none = apack.References()
+        _, size = apack.write_pack(
+            c, destination, c.files, said, none, overwrite=overwrite, protected=protected, dry_run=dry_run
+        )
+        return size
+    if dry_run:
+        return peft.size_of(c)
+    with atomic.staged_directory(destination, overwrite=overwrite, protected=protected) as stage:
         return peft.write_adapter(c, stage)
 
 
 def size_of(c: Checkpoint) -> int:
-    """The bytes of all files that `write_checkpoint` would write."""
+    """The bytes of all files that `write_checkpoint` would write as a PEFT directory."""
     return peft.size_of(c)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from adapterpack import limits
 from adapterpack.checkpoint import Checkpoint
@@ -26,13 +26,16 @@ _TRAINER_STATE = {"trainer_state.json"}
 _TRAINER_STEP = re.compile(r"checkpoint-\d+")
 
 
-def open_adapter(path: Path, *, subfolder: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def open_adapter(
+    path: Path, *, subfolder: str | None = None, allow_pickle: bool = False, opaque: bool = False
+) -> Checkpoint:
     """Open a PEFT directory, or one `.safetensors` file with its config beside it.
 
     Args:
         path: The directory or file.
         subfolder: Which adapter of several; `.` is the one at the top.
         allow_pickle: Read adapter_model.bin, tensors only, where no safetensors file is.
+        opaque: Without a safetensors file the files are enough: no tensors, and pickles are bytes like others.
 
     Raises:
         InvalidFile: it is not there, malformed, or no regular file.
@@ -58,40 +61,34 @@ def open_adapter(path: Path, *, subfolder: str | None = None, allow_pickle: bool
     config = strict_json.parse(config_bytes, str(config_path))
     if not isinstance(config.get("peft_type"), str):
         raise InvalidFile(f"{config_path} does not say its peft_type", hint="PEFT writes it; restore the file")
-    files, left, total = _other_files(path, weights_name)
+    files, state, left, total = _other_files(path, weights_name)
+    found = Checkpoint(
+        name=str(path),
+        config=config,
+        tensors={},
+        config_bytes=config_bytes,
+        files=files,
+        state=state,
+        left=left,
+        bytes=total,
+    )
     weights_path = path / weights_name
     if not weights_path.exists():
-        return _pickle(path, config, config_bytes, files, left, total, allow_pickle)
+        return found if opaque and state else _pickle(path, found, allow_pickle)
     file = OpenFile(weights_path)
     try:
         header = safetensors.read(file)
     except BaseException:
         file.close()
         raise
-    return Checkpoint(
-        name=str(path),
-        config=config,
+    return replace(
+        found,
         tensors=header.tensors,
         metadata=header.metadata,
-        config_bytes=config_bytes,
-        weights=_Whole(file),
-        files=files,
-        left=left,
-        bytes=total,
+        weights=file.whole(),
         on_close=(file.close,),
         still_same=file.check_unchanged,
     )
-
-
-class _Whole:
-    """All bytes of an open file as a source."""
-
-    def __init__(self, file: OpenFile) -> None:
-        self._file = file
-        self.nbytes = file.size
-
-    def read(self, start: int, stop: int) -> bytes:
-        return self._file.read(start, min(stop, self.nbytes))
 
 
 def _absent(path: Path) -> str:
@@ -136,14 +133,25 @@ def _entries(directory: Path) -> list[Path]:
         raise InvalidFile(f"cannot read {directory}: {e.strerror}") from e
 
 
-def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], tuple[str, ...], int]:
-    """Files that are carried, names of those that are not, and the bytes of all files together."""
+def is_carried(path: str, size: int) -> bool:
+    """Is this a card, a tokenizer or a text, which conversions carry along?"""
+    name, suffix = path.rpartition("/")[2], Path(path).suffix
+    text = suffix in _CARRIED_SUFFIXES or name in _CARRIED_NAMES
+    index = name.endswith(".safetensors.index.json")
+    nested = "/" in path
+    return text and not index and not nested and size <= limits.CARRIED_BYTES and name not in _TRAINER_STATE
+
+
+def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], dict[str, Source], tuple[str, ...], int]:
+    """Files that are carried, those that only packs carry, names of all that are not, and the bytes of all files."""
     files: dict[str, Source] = {}
+    state: dict[str, Source] = {}
     left: list[str] = []
     total = 0
     for entry in _entries(path):
         if entry.is_dir():
             left.append(entry.name + "/")
+            state.update(_nested(entry, entry.name))
             continue
         if not entry.is_file():
             left.append(entry.name)
@@ -152,24 +160,26 @@ def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], tupl
         total += size
         if entry.name in (CONFIG, weights_name):
             continue
-        text = entry.suffix in _CARRIED_SUFFIXES or entry.name in _CARRIED_NAMES
-        index = entry.name.endswith(".safetensors.index.json")
-        if text and not index and size <= limits.CARRIED_BYTES and entry.name not in _TRAINER_STATE:
+        if is_carried(entry.name, size):
             files[entry.name] = WholeFile(entry, size)
         else:
+            state[entry.name] = WholeFile(entry, size)
             left.append(entry.name)
-    return files, tuple(left), total
+    return files, state, tuple(left), total
 
 
-def _pickle(
-    path: Path,
-    config: Mapping[str, Any],
-    config_bytes: bytes,
-    files: Mapping[str, Source],
-    left: tuple[str, ...],
-    total: int,
-    allow: bool,
-) -> Checkpoint:
+def _nested(directory: Path, name: str) -> Iterator[tuple[str, Source]]:
+    """The files of a folder, unless it is another adapter or leads elsewhere."""
+    if directory.is_symlink() or (directory / CONFIG).exists():
+        return
+    for entry in _entries(directory):
+        if entry.is_dir():
+            yield from _nested(entry, f"{name}/{entry.name}")
+        elif entry.is_file():
+            yield f"{name}/{entry.name}", WholeFile(entry, entry.stat().st_size)
+
+
+def _pickle(path: Path, found: Checkpoint, allow: bool) -> Checkpoint:
     source = path / PICKLE
     if not source.exists():
         raise InvalidFile(f"{path} has no {WEIGHTS}", hint="name the directory that PEFT's save_pretrained wrote")
@@ -178,14 +188,11 @@ def _pickle(
             f"{source} is a pickle, which can run code when it is loaded",
             hint="ask its author for safetensors, or read the tensors alone with --allow-pickle",
         )
-    return Checkpoint(
-        name=str(path),
-        config=config,
+    return replace(
+        found,
         tensors=pickled.read(source),
-        config_bytes=config_bytes,
-        files=files,
-        left=tuple(name for name in left if name != PICKLE),
-        bytes=total,
+        state={name: kept for name, kept in found.state.items() if name != PICKLE},
+        left=tuple(name for name in found.left if name != PICKLE),
     )
 
 

@@ -55,6 +55,38 @@ def staged_directory(
         shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def staged_file(destination: Path, *, overwrite: bool = False, protected: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield a fresh name beside `destination`; the file that the block made durable there becomes `destination`.
+
+    Args:
+        destination: Where the result shall be. Its directory must exist.
+        overwrite: Replace a file that is there.
+        protected: Inputs; see `staged_directory`.
+
+    Raises:
+        DestinationExists: it is there and `overwrite` is false, or it is no plain file.
+        UsageError: it is an input, or lies inside one.
+        WriteFailed: the system refuses a write; the destination is as it was before.
+    """
+    destination = Path(os.path.abspath(destination))  # noqa: PTH100 - keep symlinks: they are refused below
+    with explained(destination):
+        check_destination(destination, overwrite=overwrite, protected=protected, file=True)
+        _sweep(destination.parent)
+    stage = _stage_name(destination)
+    try:
+        with explained(destination):
+            yield stage
+            if _present(destination):
+                check_destination(destination, overwrite=overwrite, protected=protected, file=True)
+                stage.replace(destination)
+            else:
+                _rename_new(stage, destination)
+        _sync_published(destination)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
 def prepare(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> Path:
     """Check a destination, mend what a killed run left of it, and give its absolute path."""
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - keep symlinks: they are refused below
@@ -75,6 +107,12 @@ def publish(stage: Path, destination: Path, *, overwrite: bool, protected: tuple
             _replace_directory(stage, destination)
         else:
             _rename_new(stage, destination)
+    _sync_published(destination)
+    # The old one goes only when the new name is sure to be there after a power cut.
+    shutil.rmtree(_old_name(destination), ignore_errors=True)
+
+
+def _sync_published(destination: Path) -> None:
     try:
         sync_directory(destination.parent)
     except OSError as e:
@@ -82,8 +120,6 @@ def publish(stage: Path, destination: Path, *, overwrite: bool, protected: tuple
             f"{destination} is in place, but a power cut may undo that: {e.strerror}",
             hint="check the disk, then run again with --overwrite",
         ) from e
-    # The old one goes only when the new name is sure to be there after a power cut.
-    shutil.rmtree(_old_name(destination), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -108,8 +144,10 @@ def write(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...] = ()) -> None:
-    """Refuse a destination before any work is done; see `staged_directory`."""
+def check_destination(
+    destination: Path, *, overwrite: bool, protected: tuple[Path, ...] = (), file: bool = False
+) -> None:
+    """Refuse a destination before any work is done; see `staged_directory`, and `staged_file` for a `file`."""
     parent = destination.parent
     if not parent.is_dir():
         raise WriteFailed(f"{parent} is not a directory", hint=f"mkdir -p {parent}")
@@ -121,10 +159,13 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
             raise UsageError(f"{destination} lies inside the input {path}", hint="write somewhere else")
     if not _present(destination):
         return
-    if destination.is_symlink() or not destination.is_dir():
-        raise DestinationExists(f"{destination} exists and is no directory", hint="remove it, or name another")
+    if destination.is_symlink() or not (destination.is_file() if file else destination.is_dir()):
+        kind = "plain file" if file else "directory"
+        raise DestinationExists(f"{destination} exists and is no {kind}", hint="remove it, or name another")
     if not overwrite:
         raise DestinationExists(f"{destination} exists", hint="add --overwrite to replace it")
+    if file:
+        return
     precious = {Path.cwd().resolve(), Path.home().resolve()}
     inside = any(here == p or here in p.parents for p in precious)
     if inside or _holds_repository(destination):
@@ -218,7 +259,7 @@ def _sweep(directory: Path) -> None:
             # Files too: a writer on another machine has another set of process numbers.
             newest = max(p.stat().st_mtime for p in (path, *path.rglob("*")))
             if time.time() - newest > _STALE_SECONDS and pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _alive(pid: int) -> bool:

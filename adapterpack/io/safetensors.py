@@ -19,9 +19,10 @@ from adapterpack import limits
 from adapterpack.errors import InvalidFile
 from adapterpack.io import json as strict_json
 from adapterpack.io.files import FileSpan, OpenFile
-from adapterpack.tensor import DTYPES, Tensor, chunks
+from adapterpack.tensor import DTYPES, DType, Shape, Tensor, chunks
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+METADATA = "__metadata__"
 _STRUCTURE = limits.TENSORS * (8 + limits.RANK) + limits.METADATA_BYTES
 """More brackets and commas than this no legal header has; counted before parsing, which costs memory."""
 
@@ -65,7 +66,7 @@ def read(file: OpenFile) -> Header:
     if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > _STRUCTURE:
         bad(f"its header lists more than {limits.TENSORS:,} tensors could need")
     entries = strict_json.parse(raw, f"header of {file.path}", natural=True)
-    metadata = _metadata(entries.pop("__metadata__", {}), bad)
+    metadata = _metadata(entries.pop(METADATA, {}), bad)
     if len(entries) > limits.TENSORS:
         bad(f"{len(entries):,} tensors; at most {limits.TENSORS:,} are read")
     spans = sorted((*_entry(name, entry, bad), name) for name, entry in entries.items())
@@ -93,12 +94,19 @@ def _metadata(value: Any, bad: _Bad) -> dict[str, str]:
     return value
 
 
+def fault_of_name(name: str) -> str | None:
+    """Why this cannot be the name of a tensor; None if it can."""
+    if not name or len(name.encode()) > limits.NAME_BYTES:
+        return f"tensor {name!r:.100}: its name is empty or longer than {limits.NAME_BYTES} bytes"
+    if _CONTROL.search(name) or name == METADATA:
+        return f"tensor {name!r:.100}: its name has control characters, or means something else"
+    return None
+
+
 def _entry(name: str, entry: Any, bad: _Bad) -> tuple[int, int, str, tuple[int, ...]]:
     shown = f"tensor {name!r:.100}"
-    if not name or len(name.encode()) > limits.NAME_BYTES:
-        bad(f"{shown}: its name is empty or longer than {limits.NAME_BYTES} bytes")
-    if _CONTROL.search(name):
-        bad(f"{shown}: its name has control characters")
+    if fault := fault_of_name(name):
+        bad(fault)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         bad(f"{shown}: exactly dtype, shape and data_offsets are wanted")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -127,14 +135,28 @@ def order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.bits, name))
 
 
-def header_bytes(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+class Sized(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def header_bytes(tensors: Iterable[tuple[str, Sized]], metadata: Mapping[str, str]) -> bytes:
     """The 8 length bytes and the JSON header for tensors that follow in this order.
 
     Metadata is sorted: the same content gives the same bytes.
     """
-    entries: dict[str, Any] = {}
-    if metadata:
-        entries["__metadata__"] = dict(sorted(metadata.items()))
+    return header_text(tensors, dict(sorted(metadata.items())) or None)
+
+
+def header_text(tensors: Iterable[tuple[str, Sized]], metadata: Mapping[str, str] | None) -> bytes:
+    """The same with metadata in the order given; None: no `__metadata__`."""
+    entries: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
     end = 0
     for name, tensor in tensors:
         entries[name] = {

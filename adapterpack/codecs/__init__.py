@@ -1,0 +1,1 @@
+"""Bytes to bytes, for the pack."""

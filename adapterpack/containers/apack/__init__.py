@@ -1,0 +1,81 @@
+"""The pack, `.apack`: one file that gives an adapter back (`formats/apack/SPEC.md`).
+
+`file` is the outer shape, `manifest` and `layout` say what lies where, `reader` and `opening` read,
+`placing`, `choosing` and `writer` write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from adapterpack.adapter import Progress
+from adapterpack.checkpoint import Checkpoint
+from adapterpack.containers.apack import opening, writer
+from adapterpack.containers.apack.file import SUFFIX, is_pack
+from adapterpack.containers.apack.manifest import Manifest, place_name
+from adapterpack.containers.apack.opening import OpenAdapter, base_tensors
+from adapterpack.containers.apack.placing import References
+from adapterpack.containers.apack.reader import Pack, parents
+from adapterpack.containers.apack.writer import Facts
+from adapterpack.io import cores
+from adapterpack.tensor import Source
+
+__all__ = [
+    "SUFFIX",
+    "Facts",
+    "Manifest",
+    "Pack",
+    "References",
+    "base_tensors",
+    "is_pack",
+    "parents",
+    "place_name",
+]
+
+
+def open_pack(
+    path: Path,
+    *,
+    parent: Path | None = None,
+    base: Path | None = None,
+    depth: int = 0,
+    opaque: bool = False,
+    opener: OpenAdapter,
+) -> Checkpoint:
+    """Open a pack as the checkpoint that it restores; its `pack` is the pack itself. See `opening` for the errors."""
+    with ExitStack() as stack:
+        pack = opening.open_pack(path, stack, parent=parent, base=base, depth=depth, opener=opener)
+        found = opening.checkpoint(pack, stack.pop_all(), opaque=opaque)
+        return replace(found, pack=pack)
+    raise AssertionError("unreachable")
+
+
+def write_pack(
+    c: Checkpoint,
+    destination: Path,
+    files: Mapping[str, Source],
+    facts: Facts,
+    references: References,
+    *,
+    overwrite: bool,
+    protected: tuple[Path, ...],
+    jobs: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Manifest, int]:
+    """Write an adapter as a pack; see `writer.write`. `jobs` None: one for each core."""
+    return writer.write(
+        c,
+        destination,
+        dict(files),
+        facts,
+        references,
+        overwrite=overwrite,
+        protected=protected,
+        jobs=jobs or cores.usable(),
+        dry_run=dry_run,
+        progress=progress,
+    )

@@ -1,0 +1,114 @@
+"""Which chain suits a stream: tried on a sample of it, so that the choice depends on the bytes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapterpack.codecs.chain import Chain, store
+from adapterpack.containers.apack.placing import StreamPlan
+from adapterpack.io import zstd
+from adapterpack.tensor import Source
+
+if TYPE_CHECKING:
+    from adapterpack.tensor import Array
+
+WORDS_FRAME = 2 << 20
+"""Bytes of a frame of words: its planes stay in the cache, and one tensor does not cost another."""
+BYTES_FRAME = 16 << 20
+"""Bytes of a frame of text and the like, where zstd looks back far."""
+_SAMPLES, _SAMPLE = 4, 128 << 10
+_THOROUGH = 2 << 20
+"""Streams up to so many bytes get zstd's best level too, where it pays."""
+_PATIENT = 8 << 20
+"""The same for text."""
+_SPARSE = 0.01
+"""Share of zero words from which on they may be worth leaving out."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a stream is coded.
+
+    Attributes:
+        levels: zstd levels to try on each segment.
+        frame: Bytes of a frame.
+    """
+
+    chain: Chain
+    levels: tuple[int, ...]
+    frame: int
+
+
+def choose(stream: StreamPlan, source: Source, before: Source | None) -> Choice:
+    """The chain that makes a sample smallest; of equal ones the simplest."""
+    if stream.noise:
+        return Choice(Chain(1), (), BYTES_FRAME)
+    sample = list(_sample(stream, source, before))
+    best, smallest = Chain(1), None
+    for chain in _candidates(stream, sample):
+        size = sum(_size(chain, raw, old) for raw, old in sample)
+        if smallest is None or size < smallest:
+            best, smallest = chain, size
+    if best.steps:
+        thorough = source.nbytes <= _THOROUGH
+        return Choice(best, (zstd.HUFFMAN, 19) if thorough else _fast_levels(best, sample), WORDS_FRAME)
+    return Choice(best, (zstd.HUFFMAN, 19 if source.nbytes <= _PATIENT else 6), BYTES_FRAME)
+
+
+def _sample(stream: StreamPlan, source: Source, before: Source | None) -> Iterator[tuple[Array, Array | None]]:
+    import numpy as np
+
+    whole = source.nbytes <= _SAMPLES * _SAMPLE
+    step = source.nbytes // _SAMPLES // 8 * 8
+    for start in (0,) if whole else range(0, _SAMPLES * step, step):
+        stop = source.nbytes if whole else start + _SAMPLE
+        old = None if before is None else np.frombuffer(before.read(start, stop), np.uint8)
+        yield np.frombuffer(source.read(start, stop), np.uint8), old
+
+
+def _candidates(stream: StreamPlan, sample: list[tuple[Array, Array | None]]) -> Iterator[Chain]:
+    width = stream.width
+    if stream.kind == "bytes":
+        yield Chain(1)
+        if stream.nbytes >= _SAMPLES * _SAMPLE:
+            # Optimizer state and the like: arrays of floats between things that are not ours to read.
+            yield Chain(4, ("rotate", "planes"))
+            yield Chain(2, ("rotate", "planes"))
+        return
+    plain: list[tuple[str, ...]] = [("planes",)] if width > 1 else [()]
+    if stream.kind == "float":
+        plain = [("rotate", "planes"), ("rotate", "exponents", "planes")]
+        if stream.narrow:
+            plain = [("narrow", *steps) for steps in plain]
+    else:
+        plain.append(("bits",))
+    sparse = _zeros(width, sample) >= _SPARSE
+    for steps in plain:
+        yield Chain(width, steps)
+        if sparse:
+            yield Chain(width, ("gaps", *steps))
+            yield Chain(width, ("mask", *steps))
+    if stream.before is not None:
+        for places in ((), ("gaps",), ("mask",)):
+            yield Chain(width, ("sub", *places, "planes"))
+
+
+def _zeros(width: int, sample: list[tuple[Array, Array | None]]) -> float:
+    from adapterpack.codecs.words import word
+
+    words = [raw.view(word(width)) for raw, _ in sample]
+    return sum(int((w == 0).sum()) for w in words) / max(sum(w.size for w in words), 1)
+
+
+def _size(chain: Chain, raw: Array, before: Array | None) -> int:
+    return sum(len(store(segment, (zstd.HUFFMAN,))) for segment in chain.split(raw, before))
+
+
+def _fast_levels(chain: Chain, sample: list[tuple[Array, Array | None]]) -> tuple[int, ...]:
+    """Huffman alone, or matches too where the sample says that they are there."""
+    huffman = sum(_size(chain, raw, old) for raw, old in sample)
+    segments = [segment for raw, old in sample for segment in chain.split(raw, old)]
+    both = sum(len(store(segment, (zstd.HUFFMAN, 3))) for segment in segments)
+    return (zstd.HUFFMAN, 3) if both < 0.995 * huffman else (zstd.HUFFMAN,)

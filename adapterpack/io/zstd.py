@@ -1,0 +1,111 @@
+"""zstd frames: one way in, and the one way out that hostile bytes do not get past.
+
+The library's one-shot reader allocates whatever a frame claims and ignores what follows it; its streaming
+readers take a truncated frame for a short one.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+from adapterpack import limits
+from adapterpack.errors import InvalidFile
+
+HUFFMAN = 0
+"""A "level": literals only, through zstd's Huffman coder. Matches in noise cost more than they save."""
+
+_local = threading.local()
+
+
+@functools.cache
+def _parameters(level: int) -> Any:
+    import zstandard
+
+    if level != HUFFMAN:
+        parameters = zstandard.ZstdCompressionParameters.from_level(level, write_content_size=1, write_checksum=0)
+        if parameters.window_log <= limits.ZSTD_WINDOW_LOG:
+            return parameters
+        return zstandard.ZstdCompressionParameters.from_level(
+            level, window_log=limits.ZSTD_WINDOW_LOG, write_content_size=1, write_checksum=0
+        )
+    return zstandard.ZstdCompressionParameters(
+        strategy=zstandard.STRATEGY_FAST,
+        window_log=17,
+        hash_log=6,
+        chain_log=6,
+        search_log=1,
+        min_match=7,
+        # Any other target length switches the Huffman coding of literals off in this strategy.
+        target_length=0,
+        write_content_size=1,
+        write_checksum=0,
+    )
+
+
+def version() -> str:
+    """Of the zstd that compresses here: another one may write other bytes for the same content."""
+    import zstandard
+
+    return ".".join(map(str, zstandard.ZSTD_VERSION))
+
+
+def compress(data: Any, level: int) -> bytes:
+    """One frame that states its content size; no checksum, since a SHA-256 guards the stored bytes.
+
+    Args:
+        data: A buffer.
+        level: 1 to 22, or `HUFFMAN`.
+    """
+    import zstandard
+
+    compressors = _local.__dict__.setdefault("compressors", {})
+    if level not in compressors:
+        # One per thread: they are not to be shared, and making one costs more than a small frame.
+        compressors[level] = zstandard.ZstdCompressor(compression_params=_parameters(level))
+    result: bytes = compressors[level].compress(data)
+    return result
+
+
+def stated_size(data: bytes, where: str) -> int:
+    """How many bytes a frame says that it holds. Raises InvalidFile: it is no frame, or does not say."""
+    import zstandard
+
+    try:
+        size = int(zstandard.get_frame_parameters(data).content_size)
+    except zstandard.ZstdError as e:
+        raise InvalidFile(f"{where}: {e}") from e
+    if size == zstandard.CONTENTSIZE_UNKNOWN:
+        raise InvalidFile(f"{where}: a zstd frame that does not state its size")
+    return size
+
+
+def decompress(data: bytes, size: int, where: str) -> bytes:
+    """The content of exactly one frame of exactly `size` bytes.
+
+    Args:
+        data: The stored frame.
+        size: What the manifest says that it holds; bounded by the caller.
+        where: What is read, for the error.
+
+    Raises:
+        InvalidFile: no frame, another size stated or held, a dictionary, a window beyond `limits`, truncated, or
+            anything behind it.
+    """
+    import zstandard
+
+    try:
+        seen = zstandard.get_frame_parameters(data)
+        if seen.content_size != size or seen.dict_id or seen.window_size > 1 << limits.ZSTD_WINDOW_LOG:
+            raise InvalidFile(f"{where}: a zstd frame with another size, window or dictionary than stated")
+        decoder = _local.__dict__.get("decoder")
+        if decoder is None:
+            decoder = _local.decoder = zstandard.ZstdDecompressor()
+        # In one piece only now: it allocates what the frame states, whatever limit it is given.
+        result: bytes = decoder.decompress(data, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as e:
+        raise InvalidFile(f"{where}: {e}") from e
+    if len(result) != size:
+        raise InvalidFile(f"{where}: a zstd frame that holds {len(result):,} bytes instead of {size:,}")
+    return result
