@@ -52,6 +52,11 @@ class Chain:
             raise InvalidFile(f"no chain of steps: {self.width} {' '.join(self.steps)}"[:200])
 
     @property
+    def text(self) -> bool:
+        """Bytes as they are: the dictionary may help."""
+        return not self.steps
+
+    @property
     def from_parent(self) -> bool:
         return "sub" in self.steps
 
@@ -154,15 +159,15 @@ def noise(segment: Array) -> bool:
     return float(-(p * np.log2(p)).sum()) + (p.size - 1) / (2 * sample.size * 0.6931) > _NOISE_BITS
 
 
-def store(segment: Array, levels: Sequence[int]) -> bytes:
+def store(segment: Array, levels: Sequence[int], dictionary: bytes = b"") -> bytes:
     """A segment as it is stored: the shortest of itself and of zstd frames at some levels."""
     raw = segment.tobytes()
     if noise(segment):
         return raw
-    return min([raw, *(zstd.compress(raw, level) for level in levels)], key=len)
+    return min([raw, *(zstd.compress(raw, level, dictionary) for level in levels)], key=len)
 
 
-def restore(stored: bytes, size: int, where: str) -> Array:
+def restore(stored: bytes, size: int, where: str, dictionary: bytes = b"") -> Array:
     """The inverse of `store`. Raises InvalidFile."""
-    data = stored if len(stored) == size else zstd.decompress(stored, size, where)
+    data = stored if len(stored) == size else zstd.decompress(stored, size, where, dictionary)
     return np.frombuffer(data, np.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from adapterpack import limits
@@ -51,20 +52,40 @@ def version() -> str:
     return ".".join(map(str, zstandard.ZSTD_VERSION))
 
 
-def compress(data: Any, level: int) -> bytes:
+@functools.lru_cache(maxsize=4)
+def _dictionary(content: bytes) -> Any:
+    import zstandard
+
+    return zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+
+
+def _mine(kind: str, make: Callable[[], Any], *key: object) -> Any:
+    """One per thread: they are not to be shared, and making one costs more than a small frame."""
+    kept = _local.__dict__.setdefault(kind, {})
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+def compress(data: Any, level: int, dictionary: bytes = b"") -> bytes:
     """One frame that states its content size; no checksum, since a SHA-256 guards the stored bytes.
 
     Args:
         data: A buffer.
         level: 1 to 22, or `HUFFMAN`.
+        dictionary: What is taken to stand before it, without any header.
     """
     import zstandard
 
-    compressors = _local.__dict__.setdefault("compressors", {})
-    if level not in compressors:
-        # One per thread: they are not to be shared, and making one costs more than a small frame.
-        compressors[level] = zstandard.ZstdCompressor(compression_params=_parameters(level))
-    result: bytes = compressors[level].compress(data)
+    compressor = _mine(
+        "compressors",
+        lambda: zstandard.ZstdCompressor(
+            compression_params=_parameters(level), dict_data=_dictionary(dictionary) if dictionary else None
+        ),
+        level,
+        dictionary,
+    )
+    result: bytes = compressor.compress(data)
     return result
 
 
@@ -81,13 +102,14 @@ def stated_size(data: bytes, where: str) -> int:
     return size
 
 
-def decompress(data: bytes, size: int, where: str) -> bytes:
+def decompress(data: bytes, size: int, where: str, dictionary: bytes = b"") -> bytes:
     """The content of exactly one frame of exactly `size` bytes.
 
     Args:
         data: The stored frame.
         size: What the manifest says that it holds; bounded by the caller.
         where: What is read, for the error.
+        dictionary: The one that it was compressed with, if any.
 
     Raises:
         InvalidFile: no frame, another size stated or held, a dictionary, a window beyond `limits`, truncated, or
@@ -98,10 +120,12 @@ def decompress(data: bytes, size: int, where: str) -> bytes:
     try:
         seen = zstandard.get_frame_parameters(data)
         if seen.content_size != size or seen.dict_id or seen.window_size > 1 << limits.ZSTD_WINDOW_LOG:
-            raise InvalidFile(f"{where}: a zstd frame with another size, window or dictionary than stated")
-        decoder = _local.__dict__.get("decoder")
-        if decoder is None:
-            decoder = _local.decoder = zstandard.ZstdDecompressor()
+            raise InvalidFile(f"{where}: a zstd frame with another size, window or dictionary than it should have")
+        decoder = _mine(
+            "decoders",
+            lambda: zstandard.ZstdDecompressor(dict_data=_dictionary(dictionary) if dictionary else None),
+            dictionary,
+        )
         # In one piece only now: it allocates what the frame states, whatever limit it is given.
         result: bytes = decoder.decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ def is_pack(path: Path) -> bool:
         return False
     with OpenFile(path) as file:
         return file.read(8, min(file.size, 8 + len(_MARK))) == _MARK if file.size > 8 else False
+
+
+@functools.cache
+def dictionary() -> bytes:
+    """What small files and manifests have in common: part of the format, and of the package."""
+    return Path(__file__).with_name("dictionary").read_bytes()
 
 
 def head(frames: int, digests: int, manifest: int) -> bytes:
@@ -94,7 +101,7 @@ def read(file: OpenFile) -> Outer:
     size = zstd.stated_size(stored, f"manifest of {where}")
     if size > limits.MANIFEST_BYTES:
         bad(f"its manifest claims {size:,} bytes; at most {limits.MANIFEST_BYTES:,} are read")
-    return Outer(frames, listed, zstd.decompress(stored, size, f"manifest of {where}"))
+    return Outer(frames, listed, zstd.decompress(stored, size, f"manifest of {where}", dictionary()))
 
 
 def _sizes(header: bytes, where: str) -> tuple[int, int, int] | None:

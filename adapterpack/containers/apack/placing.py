@@ -34,6 +34,7 @@ from adapterpack.tensor import F32, Joined, Memory, Source, Tensor, chunks
 
 _WORTH_A_REFERENCE = 256
 """Smaller tensors cost less than saying where they are."""
+_WORTH_A_STREAM = 1024
 _ENDS = {"weight", "bias", "default"}
 
 
@@ -240,9 +241,11 @@ def _grouped(
     before = references.parent_tensors.get(name)
     if before is not None and (before.dtype != tensor.dtype or before.shape != tensor.shape):
         before = None
-    narrow = tensor.dtype == F32 and _is_narrow(tensor.source)
-    width = max(tensor.shape, default=1)
-    on_edge = bool(tensor.shape) and tensor.shape[0] == width
+    # A stream of its own costs more than a tiny tensor gains by it.
+    tiny = tensor.nbytes < _WORTH_A_STREAM
+    narrow = not tiny and tensor.dtype == F32 and _is_narrow(tensor.source)
+    width = 0 if tiny else max(tensor.shape, default=1)
+    on_edge = not tiny and tensor.shape[0] == width
     key = (tensor.dtype.name, role(name), width, on_edge, narrow, before is None)
     if key not in groups:
         groups[key] = _stream(plan, _like(tensor, narrow))

@@ -260,9 +260,10 @@ class StreamReader:
         frame = self.stream.frames[n]
         where = f"{self._pack.name}: frame {n} of stream {self._number}"
         data = self._pack.stored(self._offsets[n], self._offsets[n + 1], self._digest + n)
+        dictionary = outer.dictionary() if self.stream.chain.text else b""
         segments, at = [], 0
         for decoded, stored in frame.segments:
-            segments.append(chains.restore(data[at : at + stored], decoded, where))
+            segments.append(chains.restore(data[at : at + stored], decoded, where, dictionary))
             at += stored
         before = None
         if self._before is not None:

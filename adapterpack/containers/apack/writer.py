@@ -125,8 +125,9 @@ class _Coder:
         if self.chain.from_parent and self.before is not None:
             before = np.frombuffer(self.before.read(start, stop), np.uint8)
         segments = self.chain.split(raw, before)
-        stored = [chains.store(segment, self.choice.levels) for segment in segments]
-        again = [chains.restore(s, g.size, "a new frame") for s, g in zip(stored, segments, strict=True)]
+        dictionary = outer.dictionary() if self.chain.text else b""
+        stored = [chains.store(segment, self.choice.levels, dictionary) for segment in segments]
+        again = [chains.restore(s, g.size, "a new frame", dictionary) for s, g in zip(stored, segments, strict=True)]
         if not np.array_equal(self.chain.join(again, raw.size, before), raw):
             raise WriteFailed("a frame does not decode to what was coded: memory or this version is faulty")
         sizes = tuple((g.size, len(s)) for s, g in zip(stored, segments, strict=True))
@@ -278,7 +279,7 @@ def _ends(m: Manifest, made: list[list[_Written]]) -> tuple[bytes, bytes]:
         layout.account(parsing.parse(text, "the new pack"), "the new pack", frames)
     except AdapterpackError as e:
         raise WriteFailed(f"this adapter does not fit in a pack: {e.message}") from e
-    stored = zstd.compress(text, _MANIFEST_LEVEL)
+    stored = zstd.compress(text, _MANIFEST_LEVEL, outer.dictionary())
     digests = b"".join(w.digest for written in made for w in written)
     header = outer.head(frames, len(digests), len(stored))
     return header, digests + stored + outer.seal(header, digests, stored)
