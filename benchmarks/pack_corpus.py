@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SEED, BATCH, TOKENS, STEPS = 20, 8, 16, 80
+SEED, BATCH, TOKENS, STEPS = 20, 8, 16, 60
 LINEAR = ["query", "key", "value", "dense"]
 LAYERS_64, SLICE = 20, 3
 
