@@ -1,7 +1,7 @@
 """Packing adapters: sizes beside other compressors and the limit that entropy sets, then errors, speed and memory.
 
     pip install -r benchmarks/requirements.txt                         # the peers; without them, fewer columns filled
-    python benchmarks/pack.py --work DIR                               # 10 minutes on two cores, 1.5 GB of disk
+    python benchmarks/pack.py --work DIR                               # 10 minutes on two cores, 2 GB of disk
     python benchmarks/pack.py --work DIR --only speed --rounds 5
     python benchmarks/pack.py --work DIR --quick                       # no Llama2-7B shapes: minutes less
 
@@ -401,15 +401,15 @@ def bench(work: Path, options: argparse.Namespace) -> None:
             child = [sys.executable, __file__, "part", part, str(work), str(ours), *names]
             subprocess.run(child, env=environment(), check=True)
         sys.stdout.flush()
-    for name in ("ours", "ours.apack", "log"):
-        remove(work / name)
+        for name in ("ours", "ours.apack", "log"):
+            remove(work / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pack sizes, errors and speed; the docstring says what is measured.")
     parser.add_argument("--work", metavar="DIR", type=Path, help="made if missing, and kept; default: temporary")
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="of speed")
-    parser.add_argument("--only", choices=PARTS, action="append", help="can be given several times")
+    parser.add_argument("--only", choices=PARTS, action="append", help="one part; can be given several times")
     parser.add_argument("--quick", action="store_true", help="no Llama2-7B shapes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
 """The adapters that `pack.py` packs: real ones, trained shortly on all-MiniLM-L6-v2, and some of Llama2-7B's shape.
 
-    python benchmarks/pack_corpus.py DIR [--quick]          # 2 to 3 minutes on two cores; `pack.py` does it too
+    python benchmarks/pack_corpus.py DIR [--quick]          # 3 minutes on two cores; `pack.py` does it too
 
 Training is real (real base, real gradients, AdamW without weight decay, linear decay, fixed seeds) and short: it
 gives values the statistics of a trained adapter, no more. Its text is the reference that every Python brings
@@ -381,7 +381,8 @@ def build(work: Path, *, quick: bool) -> None:
     """Trains and makes what is missing, in processes of their own: this one stays small."""
     work.mkdir(parents=True, exist_ok=True)
     children = []
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # PEFT writes sets into its configs, in the order of their hashes.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
     for names in QUEUES:
         if missing := [n for n in names if not all((work / o).exists() for o in outputs(n))]:
             for name in missing:
