@@ -12,7 +12,7 @@ from adapterpack.adapter import Adapter, Block, Change, Effect, Kind, Loaded, Me
 from adapterpack.backend import Array, Backend, NumpyBackend
 from adapterpack.base import Base
 from adapterpack.errors import LossRefused, Unsupported
-from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
+from adapterpack.methods._changes import LoadedLowRank, LowRankChange, ReplaceChange, VectorChange
 from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._parameters import ParameterChange
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
@@ -292,7 +292,10 @@ class LoadedSteps:
         w = xp.round(w, dtype)
         # PEFT rounds after each change, for each is stored before the next one comes.
         for change, step in self._at(block):
-            w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)
+            if isinstance(change, LoadedLowRank):
+                w = change.rounded(w, step.block(block), dtype)
+            else:
+                w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)
         return w
 
     def values(self, w: Array, block: Block, *, once: bool = False) -> Array:
