@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import Future
 from contextlib import ExitStack
 
-from adapterpack import exactness, plan
+from adapterpack import exactness, plan, vectormath
 from adapterpack.backend import Backend, NumpyBackend, TorchBackend
 
 
@@ -25,7 +25,8 @@ class Arithmetic:
     """
 
     def __init__(self, p: plan.Plan, device: str, *, once: bool) -> None:
-        self._products, self._torch = p.products(), p.torch
+        self._questions, self._torch = p.questions(), p.torch
+        self._mixes = p.mixes
         self.device = "cpu" if device == "auto" else device
         self._once = once
         self._proof: exactness.Proof | None = None
@@ -37,11 +38,11 @@ class Arithmetic:
 
     def _numpy_will_do(self) -> bool | None:
         """None: it has not been tried yet."""
-        if self._torch or self.device != "cpu":
+        if self._torch or self.device != "cpu" or (self._mixes and not vectormath.available()):
             return False
         if self._once:
             return True
-        known = exactness.numpy_known(self._products)
+        known = exactness.numpy_known(self._questions)
         # Where torch is at hand already there is nothing to gain by trying.
         return False if known is None and "torch" in sys.modules else known
 
@@ -55,7 +56,7 @@ class Arithmetic:
         if will_do is False:
             return self.torch(stack)
         if will_do is None:
-            self._proof = exactness.Proof(self._products)
+            self._proof = exactness.Proof(self._questions)
             stack.callback(self._proof.close)
         ready: Future[Backend] = Future()
         ready.set_result(NumpyBackend())

@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "limits", "version"},
     {"io", "tensor"},
     {"adapter", "checkpoint", "recipes", "architectures", "experts", "names"},
-    {"backend", "exactness"},
+    {"backend", "exactness", "vectormath"},
     {"methods", "containers"},
     {
         "base",

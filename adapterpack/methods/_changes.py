@@ -40,6 +40,7 @@ class LowRankChange:
         layer: LINEAR (or Conv1D: the base decides) or EMBEDDING.
         round_delta: PEFT rounds the delta to the base dtype before it adds (embeddings).
         torch: Do the factors take torch to compute?
+        mixes: Do the factors take a `Mixture` to compute?
         factor_noise: What computing the factors in f32 may lose, in half units in the last place of the sum
             of the terms; 0 where the file holds them as they are.
     """
@@ -54,6 +55,7 @@ class LowRankChange:
     fan_in_fan_out: bool = False
     round_delta: bool = False
     torch: bool = False
+    mixes: bool = False
     factor_noise: float = 0.0
 
     effect = Effect.ADD
