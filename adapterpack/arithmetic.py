@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 
@@ -38,16 +39,18 @@ class Arithmetic:
 
     def _numpy_will_do(self) -> bool | None:
         """None: it has not been tried yet."""
-        if self._torch or self.device != "cpu" or (self._mixes and not vectormath.available()):
+        if self._torch or self.device != "cpu":
+            return False
+        known = None if self._once else exactness.numpy_known(self._questions)
+        if known is None and self._mixes and not vectormath.available():
             return False
         if self._once:
             return True
-        known = exactness.numpy_known(self._questions)
         # Where torch is at hand already there is nothing to gain by trying.
         return False if known is None and "torch" in sys.modules else known
 
     def start(self, stack: ExitStack) -> Future[Backend]:
-        """numpy where it will do, or may: then a proof is begun; else torch, imported while other work goes on.
+        """numpy where it will do, or may: then a proof is begun; else torch. Imported while other work goes on.
 
         Args:
             stack: What is set for it, is set back when this is closed.
@@ -58,30 +61,37 @@ class Arithmetic:
         if will_do is None:
             self._proof = exactness.Proof(self._questions)
             stack.callback(self._proof.close)
-        ready: Future[Backend] = Future()
-        ready.set_result(NumpyBackend())
-        stack.enter_context(ready.result().one_thread())
-        return ready
+        return _begin(stack, self._numpy)
+
+    def _numpy(self) -> Backend:
+        if self._mixes:
+            vectormath.available()  # Loads it.
+        return NumpyBackend()
 
     def torch(self, stack: ExitStack) -> Future[Backend]:
         """torch, whatever numpy would do."""
         self._proof = None
-        ready: Future[Backend] = Future()
-
-        def load() -> None:
-            try:
-                xp = TorchBackend(self.device)
-                stack.enter_context(xp.one_thread())
-                ready.set_result(xp)
-            except BaseException as e:
-                ready.set_exception(e)
-
-        threading.Thread(target=load, daemon=True).start()
-        # Whatever happens meanwhile, what it sets is set back.
-        stack.callback(ready.exception)
-        return ready
+        return _begin(stack, lambda: TorchBackend(self.device))
 
     def believe(self) -> None:
         """Raise Disproved if numpy has turned out to give other bits than torch."""
         if self._proof is not None and not self._proof.succeeds():
             raise Disproved
+
+
+def _begin(stack: ExitStack, load: Callable[[], Backend]) -> Future[Backend]:
+    """Import a library in a thread of its own."""
+    ready: Future[Backend] = Future()
+
+    def run() -> None:
+        try:
+            xp = load()
+            stack.enter_context(xp.one_thread())
+            ready.set_result(xp)
+        except BaseException as e:
+            ready.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    # Whatever happens meanwhile, what it sets is set back.
+    stack.callback(ready.exception)
+    return ready

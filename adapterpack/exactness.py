@@ -39,7 +39,7 @@ _MIN_ROWS = 16
 """A matrix of one row or of few goes through other kernels, with other sums."""
 _PROBE = 1 << 21
 """Elements of the largest product that is tried whole: 8 MiB of f32."""
-_WEIGHTS = 1 << 17
+_WEIGHTS = 1 << 15
 """Pairs of weights of each kind that are tried."""
 _FORMAT = 1
 
