@@ -212,6 +212,11 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The softmax of the logarithms of two weights, in f32 (VB-LoRA)."""
+
+
+@dataclass(frozen=True)
 class LowRank:
     """delta == scale * (b @ a), logical orientation.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 
-from adapterpack import exactness, plan
+from adapterpack import exactness, plan, vectormath
 from adapterpack.backend import Backend, NumpyBackend, TorchBackend
 
 
@@ -25,7 +26,8 @@ class Arithmetic:
     """
 
     def __init__(self, p: plan.Plan, device: str, *, once: bool) -> None:
-        self._products, self._torch = p.products(), p.torch
+        self._questions, self._torch = p.questions(), p.torch
+        self._mixes = p.mixes
         self.device = "cpu" if device == "auto" else device
         self._once = once
         self._proof: exactness.Proof | None = None
@@ -39,14 +41,16 @@ class Arithmetic:
         """None: it has not been tried yet."""
         if self._torch or self.device != "cpu":
             return False
+        known = None if self._once else exactness.numpy_known(self._questions)
+        if known is None and self._mixes and not vectormath.available():
+            return False
         if self._once:
             return True
-        known = exactness.numpy_known(self._products)
         # Where torch is at hand already there is nothing to gain by trying.
         return False if known is None and "torch" in sys.modules else known
 
     def start(self, stack: ExitStack) -> Future[Backend]:
-        """numpy where it will do, or may: then a proof is begun; else torch, imported while other work goes on.
+        """numpy where it will do, or may: then a proof is begun; else torch. Imported while other work goes on.
 
         Args:
             stack: What is set for it, is set back when this is closed.
@@ -55,32 +59,39 @@ class Arithmetic:
         if will_do is False:
             return self.torch(stack)
         if will_do is None:
-            self._proof = exactness.Proof(self._products)
+            self._proof = exactness.Proof(self._questions)
             stack.callback(self._proof.close)
-        ready: Future[Backend] = Future()
-        ready.set_result(NumpyBackend())
-        stack.enter_context(ready.result().one_thread())
-        return ready
+        return _begin(stack, self._numpy)
+
+    def _numpy(self) -> Backend:
+        if self._mixes:
+            vectormath.available()  # Loads it.
+        return NumpyBackend()
 
     def torch(self, stack: ExitStack) -> Future[Backend]:
         """torch, whatever numpy would do."""
         self._proof = None
-        ready: Future[Backend] = Future()
-
-        def load() -> None:
-            try:
-                xp = TorchBackend(self.device)
-                stack.enter_context(xp.one_thread())
-                ready.set_result(xp)
-            except BaseException as e:
-                ready.set_exception(e)
-
-        threading.Thread(target=load, daemon=True).start()
-        # Whatever happens meanwhile, what it sets is set back.
-        stack.callback(ready.exception)
-        return ready
+        return _begin(stack, lambda: TorchBackend(self.device))
 
     def believe(self) -> None:
         """Raise Disproved if numpy has turned out to give other bits than torch."""
         if self._proof is not None and not self._proof.succeeds():
             raise Disproved
+
+
+def _begin(stack: ExitStack, load: Callable[[], Backend]) -> Future[Backend]:
+    """Import a library in a thread of its own."""
+    ready: Future[Backend] = Future()
+
+    def run() -> None:
+        try:
+            xp = load()
+            stack.enter_context(xp.one_thread())
+            ready.set_result(xp)
+        except BaseException as e:
+            ready.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    # Whatever happens meanwhile, what it sets is set back.
+    stack.callback(ready.exception)
+    return ready

@@ -5,6 +5,7 @@ the library, the processor and the shape; never on the values. So what was seen 
 - cut into blocks of rows: tried once per shape in each run (milliseconds);
 - numpy in place of torch: tried in a process of its own while numpy already computes, and remembered for this
   processor and these versions, so that later runs can do without torch (a second, 200 MB).
+The functions of `vectormath` do depend on the values: they are tried there too, with weights of all sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from adapterpack.adapter import Product
+from adapterpack import vectormath
+from adapterpack.adapter import Mixture, Product
+from adapterpack.tensor import F32
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
@@ -36,6 +39,8 @@ _MIN_ROWS = 16
 """A matrix of one row or of few goes through other kernels, with other sums."""
 _PROBE = 1 << 21
 """Elements of the largest product that is tried whole: 8 MiB of f32."""
+_WEIGHTS = 1 << 15
+"""Pairs of weights of each kind that are tried."""
 _FORMAT = 1
 
 
@@ -122,21 +127,21 @@ def _agree(
 # -- numpy for torch -------------------------------------------------------------------------------------
 
 
-def numpy_known(products: Iterable[Product]) -> bool | None:
+def numpy_known(questions: Iterable[Product | Mixture]) -> bool | None:
     """Does numpy give torch's bits for all of these, as far as is remembered? None: not all were tried."""
     known = _read()
-    found = [known.get(_name(p)) for p in products]
+    found = [known.get(_name(q)) for q in questions]
     if False in found:
         return False
     return None if None in found else True
 
 
 class Proof:
-    """Tries products with torch in a process of its own: this one need not wait for torch, nor hold it."""
+    """Asks torch in a process of its own: this one need not wait for torch, nor hold it."""
 
-    def __init__(self, products: Iterable[Product]) -> None:
+    def __init__(self, questions: Iterable[Product | Mixture]) -> None:
         known = _read()
-        self._products = [p for p in products if _name(p) not in known]
+        self._questions = [q for q in questions if _name(q) not in known]
         self._result: bool | None = None
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -151,7 +156,7 @@ class Proof:
                 text=True,
             )
             assert self._process.stdin is not None
-            json.dump([dataclasses.astuple(p) for p in self._products], self._process.stdin)
+            json.dump([dataclasses.astuple(q) for q in self._questions], self._process.stdin)
             self._process.stdin.close()
 
     def succeeds(self) -> bool:
@@ -168,9 +173,9 @@ class Proof:
         except ValueError:
             return False
         answered = isinstance(results, list) and all(isinstance(r, bool) for r in results)
-        if process.wait() != 0 or not answered or len(results) != len(self._products):
+        if process.wait() != 0 or not answered or len(results) != len(self._questions):
             return False
-        _write({**_read(), **{_name(p): r for p, r in zip(self._products, results, strict=True)}})
+        _write({**_read(), **{_name(q): r for q, r in zip(self._questions, results, strict=True)}})
         return all(results)
 
     def close(self) -> None:
@@ -183,13 +188,16 @@ class Proof:
 
 
 def try_all(questions: TextIO, answers: TextIO) -> None:
-    """What the process of a `Proof` does: products in, true or false out, as JSON."""
+    """What the process of a `Proof` does: questions in, true or false out, as JSON."""
     from adapterpack.backend import NumpyBackend, TorchBackend
 
     torch, numpy = TorchBackend("cpu"), NumpyBackend()
     found = []
     with numpy.one_thread():
         for question in json.load(questions):
+            if not question:
+                found.append(_mixes_alike(torch))
+                continue
             product = Product(*question)
             b, a, bounds = _trial(product)
             theirs, ours = ((xp.array(*b), xp.array(*a)) for xp in (torch, numpy))
@@ -197,7 +205,24 @@ def try_all(questions: TextIO, answers: TextIO) -> None:
     json.dump(found, answers)
 
 
-def _name(p: Product) -> str:
+def _mixes_alike(torch: Backend) -> bool:
+    """Are logarithm and softmax of `vectormath` those of torch, whatever the two weights?"""
+    import numpy as np
+
+    if not vectormath.available():
+        return False
+    even = np.random.default_rng(0).random(_WEIGHTS, dtype=np.float32)
+    small = np.exp2(-150 * even)
+    first = np.concatenate([even, small, 1 - small, np.array([0, 0.5, 1], np.float32)])
+    weights = np.stack([first, 1 - first], -1)
+    ours = vectormath.softmax_of_two(vectormath.log(weights))
+    theirs = torch.torch.softmax(torch.torch.log(torch.array(weights.tobytes(), F32, weights.shape)), -1)
+    return bool(torch.buffer(theirs).tobytes() == ours.tobytes())
+
+
+def _name(p: Product | Mixture) -> str:
+    if isinstance(p, Mixture):
+        return "mixture"
     return f"{p.out}x{p.rank}x{p.into}{'c' if p.columns else 'r'}{'n' if p.norms else ''}{'b' if p.batched else ''}"
 
 

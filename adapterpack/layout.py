@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapterpack import exactness, plan
+from adapterpack import exactness, plan, vectormath
 from adapterpack.adapter import EQUIVALENT_ERROR
 from adapterpack.backend import Backend
 from adapterpack.base import CONFIG, INDEX, Base
@@ -132,11 +132,14 @@ _PER_ELEMENT = 48
 """Bytes for each element of a block, at the worst: a handful of f64 and f32 copies while it is checked."""
 
 
-def peak_memory(touched: Sequence[Segment], jobs: int, *, torch: bool) -> int:
+def peak_memory(touched: Sequence[Segment], jobs: int, *, torch: bool, mixes: bool) -> int:
     """About how much memory a merge takes at its peak, in bytes.
 
     What can be cut takes some blocks for each worker, however large the model. A tensor that takes all of
     itself to compute (DoRA on Conv1D and embeddings) is held as a whole, 12 times as f32, one at a time.
+
+    Args:
+        mixes: Is a `Mixture` computed? Without torch it takes one of its libraries.
     """
     blocks, whole, factors = exactness.BLOCK * jobs, 0, 0
     for segment in touched:
@@ -144,7 +147,8 @@ def peak_memory(touched: Sequence[Segment], jobs: int, *, torch: bool) -> int:
             whole = max(whole, segment.tensor.numel)
         sizes = [(p.out + p.into) * p.rank for s in segment.steps for p in s.change.products(s.kind)]
         factors = max(factors, sum(sizes) * 12)
-    return _PROCESS[torch] + (blocks + whole) * _PER_ELEMENT + factors * jobs
+    process = _PROCESS[torch] + (vectormath.RESIDENT if mixes and not torch else 0)
+    return process + (blocks + whole) * _PER_ELEMENT + factors * jobs
 
 
 def make(base: Base, p: plan.Plan, parted: bool, *, requantise: bool = False) -> Layout:

@@ -386,7 +386,7 @@ class _Job:
             tensors_copied=total - len(changed),
             bytes_written=size,
             bytes_computed=sum(s.tensor.nbytes for s in touched),
-            memory=peak_memory(touched, self.options.jobs, torch=arithmetic != "numpy"),
+            memory=peak_memory(touched, self.options.jobs, torch=arithmetic != "numpy", mixes=self.plan.mixes),
             arithmetic=arithmetic,
             touched=tuple(s.name for s in touched),
             reused=reused,

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapterpack import exactness
-from adapterpack.adapter import Adapter, Block, Change, Effect, Kind, Loaded, Method, Product, Request
+from adapterpack.adapter import Adapter, Block, Change, Effect, Kind, Loaded, Method, Mixture, Product, Request
 from adapterpack.backend import Array, Backend, NumpyBackend
 from adapterpack.base import Base
 from adapterpack.errors import LossRefused, Unsupported
-from adapterpack.methods._changes import LowRankChange, ReplaceChange, VectorChange
+from adapterpack.methods._changes import LoadedLowRank, LowRankChange, ReplaceChange, VectorChange
 from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._parameters import ParameterChange
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
@@ -86,8 +86,15 @@ class Plan:
         """Does some change take torch?"""
         return any(s.change.torch for s in self.all_steps())
 
-    def products(self) -> frozenset[Product]:
-        return frozenset(p for s in self.all_steps() for p in s.change.products(s.kind))
+    @property
+    def mixes(self) -> bool:
+        """Does some change take a `Mixture`?"""
+        return any(isinstance(s.change, LowRankChange) and s.change.mixes for s in self.all_steps())
+
+    def questions(self) -> frozenset[Product | Mixture]:
+        """What must be known of a library, for its bits to be PEFT's."""
+        products = (p for s in self.all_steps() for p in s.change.products(s.kind))
+        return frozenset([*products, *([Mixture()] if self.mixes else [])])
 
 
 def make(
@@ -292,7 +299,10 @@ class LoadedSteps:
         w = xp.round(w, dtype)
         # PEFT rounds after each change, for each is stored before the next one comes.
         for change, step in self._at(block):
-            w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)
+            if isinstance(change, LoadedLowRank):
+                w = change.rounded(w, step.block(block), dtype)
+            else:
+                w = xp.round(change.apply(xp.f32(w), step.block(block)), dtype)
         return w
 
     def values(self, w: Array, block: Block, *, once: bool = False) -> Array:

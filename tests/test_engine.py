@@ -32,8 +32,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import adapterpack
-from adapterpack import arithmetic, containers, exactness, layout, methods, plan, shards
-from adapterpack.adapter import Product
+from adapterpack import arithmetic, containers, exactness, layout, methods, plan, shards, vectormath
+from adapterpack.adapter import Mixture, Product
 from adapterpack.arithmetic import Arithmetic
 from adapterpack.backend import Backend, NumpyBackend, TorchBackend
 from adapterpack.base import Base
@@ -59,15 +59,15 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(shards, "_TELL", 0)
 
 
-def _products(adapter: Path, base: Path) -> frozenset[Product]:
+def _questions(adapter: Path, base: Path) -> frozenset[Product | Mixture]:
     with Base(base) as b, containers.open_checkpoint(adapter) as checkpoint:
-        return plan.make([methods.parse(checkpoint)], b).products()
+        return plan.make([methods.parse(checkpoint)], b).questions()
 
 
-def _proven(products: frozenset[Product]) -> bool:
+def _proven(questions: frozenset[Product | Mixture]) -> bool:
     """What the process of a Proof would find, with blocks as they are cut now."""
     found = io.StringIO()
-    exactness.try_all(io.StringIO(json.dumps([astuple(p) for p in products])), found)
+    exactness.try_all(io.StringIO(json.dumps([astuple(q) for q in questions])), found)
     return all(json.loads(found.getvalue()))
 
 
@@ -89,6 +89,8 @@ CASES = [
     ("seed-conv1d", "f32"),
     ("full-k2", "f32"),
     ("topk-conv1d", "bf16"),
+    ("topk-k2", "f32"),
+    ("topk-bert", "bf16"),
     ("dora-linear", "f32"),
     ("dora-linear", "bf16"),
     ("dora-conv1d", "f32"),
@@ -117,12 +119,12 @@ def test_bits_depend_neither_on_workers_nor_on_blocks_nor_on_the_library(
         monkeypatch.setattr(exactness, "_tried", {})
         for known in (False, True):
             # Where numpy gives other bits, or only torch can do it, nothing but torch may be chosen.
-            products = _products(adapter, base)
-            proven = known and _proven(products)
+            questions = _questions(adapter, base)
+            proven = known and _proven(questions)
             monkeypatch.setattr(exactness, "numpy_known", lambda _, proven=proven: proven)
             out = tmp_path / f"{n}-{known}"
             result = adapterpack.merge(adapter, base, out, jobs=jobs, verify="off")
-            torch_only = name.startswith(("full", "topk", "dora"))
+            torch_only = name.startswith(("full", "topk-conv1d", "dora"))
             if known and not torch_only:
                 assert result.arithmetic == ("numpy" if proven else "torch cpu")
             merged = files.tensors(out)
@@ -318,12 +320,16 @@ def untried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def wrong_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy computes something else: whoever keeps its bits is found out."""
-    real = NumpyBackend.round
+    real, really = NumpyBackend.round, NumpyBackend.add
 
     def round(self: Any, values: Any, dtype: Any) -> Any:
         return real(self, values * np.float32(1.25), dtype)
 
+    def add(self: Any, values: Any, w: Any, dtype: Any) -> Any:
+        return really(self, values * np.float32(1.25), w, dtype)
+
     monkeypatch.setattr(NumpyBackend, "round", round)
+    monkeypatch.setattr(NumpyBackend, "add", add)
 
 
 def _child(tmp_path: Path, text: str) -> str:
@@ -365,7 +371,7 @@ def test_numpy_that_is_not_proven_leaves_nothing_behind(
     only = {k: None for k in files.tensors(adapter) if "embedding" not in k}
     adapter = files.edited(adapter, tmp_path / "a", only, {"target_modules": ["embed_tokens"]})
     expected = workshop.peft_merge(workshop.base_of(case), adapter)
-    assert len(_products(adapter, base)) == 1
+    assert len(_questions(adapter, base)) == 1
     if how == "disproved":
         monkeypatch.setattr(exactness, "Proof", _Disproof)
     else:
@@ -387,12 +393,12 @@ def test_numpy_that_is_not_proven_leaves_nothing_behind(
     assert not list(tmp_path.glob(".adapterpack*"))
     if how in ("says-no", "does-not-listen"):
         # It is remembered: next time torch is chosen at once.
-        assert exactness.numpy_known(_products(adapter, base)) is False
+        assert exactness.numpy_known(_questions(adapter, base)) is False
         stages.clear()
         again = adapterpack.merge(adapter, base, tmp_path / "again", jobs=jobs)
         assert again.arithmetic == "torch cpu" and stages == [[]]
     else:
-        assert exactness.numpy_known(_products(adapter, base)) is None
+        assert exactness.numpy_known(_questions(adapter, base)) is None
 
 
 def test_a_process_without_torch_proves_numpy_and_the_next_one_trusts_it(
@@ -415,7 +421,7 @@ def test_a_process_without_torch_proves_numpy_and_the_next_one_trusts_it(
     (tmp_path / "elsewhere" / "torch.py").write_text("raise SystemExit(7)")
     (tmp_path / "elsewhere" / "adapterpack.py").write_text("raise SystemExit(7)")
     (tmp_path / "driver.py").write_text(driver)
-    proven = _proven(_products(adapter, base))
+    proven = _proven(_questions(adapter, base))
     for n, children in enumerate([1, 0]):
         out = tmp_path / str(n)
         done = subprocess.run(
@@ -525,8 +531,8 @@ def test_a_cache_that_cannot_be_used_does_no_harm(
     adapter, base = workshop.pair("embedding-llama")
     expected = workshop.peft_merge(base, adapter)
     monkeypatch.setattr(sys, "executable", _child(tmp_path, "cat > /dev/null; echo '[true, true]'"))
-    proven = _proven(_products(adapter, base))
-    assert exactness.numpy_known(_products(adapter, base)) is None
+    proven = _proven(_questions(adapter, base))
+    assert exactness.numpy_known(_questions(adapter, base)) is None
     result = adapterpack.merge(adapter, base, tmp_path / "m")
     assert result.arithmetic == "numpy"
     merged = files.tensors(tmp_path / "m")
@@ -851,6 +857,32 @@ def test_minus_zero_stays_minus_zero(
     kept = [n for n in range(len(merged)) if n not in (7, 1, 90)]
     assert files.same(merged[kept], tensors["model.embed_tokens.weight"][kept])
     assert not files.same(merged, tensors["model.embed_tokens.weight"])
+
+
+# -- torch's functions without torch ---------------------------------------------------------------------------
+
+
+def _wrong(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another library, another constant, or no library: each is one unit in the last place, or nothing."""
+    log, softmax = vectormath.log, vectormath.softmax_of_two
+    if how == "log":
+        monkeypatch.setattr(vectormath, "log", lambda v: np.nextafter(log(v), np.float32(0)))
+    elif how == "one value in many":
+        monkeypatch.setattr(vectormath, "log", lambda v: np.where(v == v.flat[12345], np.float32(-1), log(v)))
+    elif how == "softmax":
+        monkeypatch.setattr(vectormath, "softmax_of_two", lambda v: np.nextafter(softmax(v), np.float32(2)))
+    elif how == "exponential":
+        monkeypatch.setattr(vectormath, "_LN2", (vectormath._LN2[0], 1.4286e-06))
+    else:
+        monkeypatch.setattr(vectormath, "available", lambda: False)
+
+
+@pytest.mark.skipif(not vectormath.available(), reason="torch has no MKL here")
+@pytest.mark.parametrize("how", ["right", "log", "one value in many", "softmax", "exponential", "absent"])
+def test_functions_that_differ_from_those_of_torch_are_found_out(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how != "right":
+        _wrong(how, monkeypatch)
+    assert _proven(frozenset([Mixture()])) == (how == "right")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

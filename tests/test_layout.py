@@ -19,7 +19,7 @@ LAYERS = [
     {"io", "tensor"},
     {"codecs"},
     {"adapter", "checkpoint", "recipes", "architectures", "experts", "names"},
-    {"backend", "exactness"},
+    {"backend", "exactness", "vectormath"},
     {"methods", "containers"},
     {
         "base",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterpack.adapter import Adapter, Block, Effect, Kind, Loaded, LowRank, Product, Replaced
 from adapterpack.errors import WrongBase
-from adapterpack.tensor import Shape
+from adapterpack.tensor import DType, Shape
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
@@ -40,6 +40,7 @@ class LowRankChange:
         layer: LINEAR (or Conv1D: the base decides) or EMBEDDING.
         round_delta: PEFT rounds the delta to the base dtype before it adds (embeddings).
         torch: Do the factors take torch to compute?
+        mixes: Do the factors take a `Mixture` to compute?
         factor_noise: What computing the factors in f32 may lose, in half units in the last place of the sum
             of the terms; 0 where the file holds them as they are.
     """
@@ -54,6 +55,7 @@ class LowRankChange:
     fan_in_fan_out: bool = False
     round_delta: bool = False
     torch: bool = False
+    mixes: bool = False
     factor_noise: float = 0.0
 
     effect = Effect.ADD
@@ -136,14 +138,24 @@ class LoadedLowRank:
         return delta
 
     def apply(self, w: Array, block: Block) -> Array:
-        delta = self.stored_delta(block)
-        if self.round_delta:
-            delta = self.xp.f32(self.xp.round(delta, block.dtype))
+        delta = self._added(block)
         if transposed(block.kind):
             # In the layout of W: DoRA's norms sum in the order of memory.
             return w + delta
         delta += w
         return delta
+
+    def rounded(self, w: Array, block: Block, dtype: DType) -> Array:
+        """`apply`, rounded to `dtype`: most merges are this and nothing else, so that it counts.
+
+        Args:
+            w: In its own dtype.
+        """
+        return self.xp.add(self._added(block), w, dtype)
+
+    def _added(self, block: Block) -> Array:
+        delta = self.stored_delta(block)
+        return self.xp.f32(self.xp.round(delta, block.dtype)) if self.round_delta else delta
 
     def exact_delta(self, block: Block) -> Array:
         """f64, as the weight lies."""

@@ -28,7 +28,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, LossRefused, Unsupported
-from adapterpack.methods import lora
+from adapterpack.methods import _bank, lora
 from adapterpack.methods._changes import LowRankChange, replacements
 from adapterpack.methods._keys import KeyTable, flag, positive, require
 from adapterpack.recipes import Recipe
@@ -116,6 +116,7 @@ def _sides(a: Adapter, module: str, sizes: _Sizes) -> dict[str, tuple[Tensor, ..
 def changes(a: Adapter, request: Request) -> Iterator[Change]:
     yield from replacements(a)
     sizes = _Sizes(a)
+    two = a.encoding == TOPK and sizes.k == 2
     for module, params in a.modules.items():
         sides = _sides(a, module, sizes)
         out, into = sides["B"][0].shape[0] * sizes.length, sides["A"][0].shape[1] * sizes.length
@@ -127,44 +128,17 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
             scale=1.0,
             uses=frozenset({p.key for p in params.values()} | {a.shared[BANK].key}),
             fan_in_fan_out=flag(a.config, "fan_in_fan_out"),
-            # Its logarithms and softmax have torch's bits.
-            torch=True,
+            # Bits of torch's logarithm, softmax and order: of two they can be had without it.
+            torch=not two,
+            mixes=two,
             factor_noise=_FACTOR_NOISE,
         )
 
 
 def _factors(sides: Mapping[str, tuple[Tensor, ...]], sizes: _Sizes, xp: Backend) -> tuple[Array, Array]:
     """(B, A) in the operations of `_get_lora_matrices`."""
-    bank = xp.f32(sizes.bank)
-    rows = {}
-    for side, tensors in sides.items():
-        if len(tensors) == 1:
-            logits = xp.f32(tensors[0])
-        else:
-            indices, weights = _indices(tensors[0], sizes, xp), _all_weights(tensors[1], xp)
-            # As PEFT loads it: the dense matrix decides the order among equal weights.
-            logits = xp.torch.full((*indices.shape[:2], sizes.vectors), float("-inf"), device=xp.device)
-            logits.scatter_(-1, indices, xp.torch.log(weights))
-        top, chosen = logits.topk(sizes.k, dim=-1)
-        rows[side] = (xp.torch.softmax(top, dim=-1).unsqueeze(-1) * bank[chosen]).sum(-2)
-    a, b = rows["A"], rows["B"]
-    return b.transpose(1, 2).reshape(-1, b.shape[1]), a.reshape(a.shape[0], -1)
-
-
-def _indices(tensor: Tensor, sizes: _Sizes, xp: Backend) -> Array:
-    indices = xp.native(tensor).long()
-    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < sizes.vectors):
-        raise InvalidFile(f"an index lies outside the bank of {sizes.vectors} vectors")
-    if bool((indices.sort(-1).values.diff(dim=-1) == 0).any()):
-        raise InvalidFile("a sub-vector names one vector of the bank twice")
-    return indices
-
-
-def _all_weights(tensor: Tensor, xp: Backend) -> Array:
-    """All k weights. The last one is 1 - sum, and rounding may have made it negative: then it is 0."""
-    weights = xp.f32(tensor)
-    last = 1 - weights.sum(-1, keepdim=True)
-    return xp.torch.cat([weights, last.clamp_min(0)], dim=-1)
+    a, b = (_bank.rows(sides[side], sizes.bank, sizes.k, xp) for side in "AB")
+    return b.swapaxes(1, 2).reshape(-1, b.shape[1]), a.reshape(a.shape[0], -1)
 
 
 def ranks(a: Adapter) -> Mapping[str, int]:
@@ -301,13 +275,13 @@ def _warm_start(a: Adapter, request: Request) -> Outcome:
         sides = _sides(a, module, sizes)
         made = {}
         for side, (index_tensor, weight_tensor) in sides.items():
-            indices = _indices(index_tensor, sizes, xp)
+            chosen = _bank.indices(index_tensor, sizes.vectors, xp)
             # The very logits that PEFT computes when it loads the top-k file.
-            kept = xp.torch.log(_all_weights(weight_tensor, xp))
+            kept = xp.torch.log(_bank.all_weights(weight_tensor, xp))
             kept = kept.clamp_min(_ZERO_LOGIT)
             floor = kept.amin(-1, keepdim=True) - 1.0
-            logits = floor.expand(*indices.shape[:2], sizes.vectors).clone()
-            logits.scatter_(-1, indices, kept)
+            logits = floor.expand(*chosen.shape[:2], sizes.vectors).clone()
+            logits.scatter_(-1, chosen, kept)
             made[f"logits_{side}"] = Param(keys.key(module, f"logits_{side}"), xp.tensor(logits))
         modules[module] = made
     config = {**a.config, "save_only_topk_weights": False}
