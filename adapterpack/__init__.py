@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from adapterpack.check import Health, check
     from adapterpack.combine import Combination, combine
     from adapterpack.compress import compress
-    from adapterpack.convert import Conversion, convert
+    from adapterpack.conversion import Conversion
+    from adapterpack.convert import convert
     from adapterpack.extract import ExtractedModule, Extraction, extract
     from adapterpack.inspect import Inspection, inspect
     from adapterpack.merge import Merge, merge
@@ -51,7 +52,7 @@ __all__ = [
 
 _HOMES = {
     "Combination": "combine",
-    "Conversion": "convert",
+    "Conversion": "conversion",
     "ExtractedModule": "extract",
     "Extraction": "extract",
     "Health": "check",

@@ -14,7 +14,8 @@ from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Grade, Outcome, Param
 from adapterpack.backend import TorchBackend
 from adapterpack.card import CARD
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.convert import Conversion, Measured, publish
+from adapterpack.conversion import Conversion
+from adapterpack.convert import Measured, publish
 from adapterpack.errors import LossRefused, Unsupported, UsageError
 from adapterpack.methods import _lora_combining, _lora_resizing, lora
 from adapterpack.methods._keys import PREFIX, flag

@@ -24,40 +24,12 @@ from adapterpack.adapter import (
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
+from adapterpack.conversion import Conversion, inputs
 from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
 from adapterpack.methods._keys import render
 from adapterpack.methods._lora_variants import moved_base
 from adapterpack.tensor import CASTABLE, DType
 from adapterpack.verify import compare, worst
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What `convert` or `compress` made, or would make.
-
-    Attributes:
-        output: The new directory or pack.
-        method: Of the result.
-        encoding: Of the result; None for methods that are not read.
-        bytes_in: Sum of all files of the source.
-        bytes_out: Sum of all files of the result.
-        grade: `lossless`, `equivalent` or `approximate`.
-        dropped: What is gone, and files that were left behind.
-        max_rel_error: Largest relative error of a module's change of W, measured; 0 where it is exact.
-        notes: What the user should know.
-        serve: With an engine named: the command that serves it.
-    """
-
-    output: str
-    method: str
-    encoding: str | None
-    bytes_in: int
-    bytes_out: int
-    grade: str
-    dropped: tuple[str, ...]
-    max_rel_error: float
-    notes: tuple[str, ...]
-    serve: str | None = None
 
 
 def convert(
@@ -249,11 +221,6 @@ def _without_start(
     cast = measure((methods.METHODS["LORA"], plain), outcome, Request(xp))
     grade = cast.grade if error <= EQUIVALENT_ERROR else Grade.APPROXIMATE
     return outcome, Measured(grade, max(error, cast.error), cast.notes)
-
-
-def inputs(source: str | Path, base: str | Path | None, init: str | Path | None = None) -> tuple[Path, ...]:
-    """What a destination must not harm."""
-    return tuple(Path(p).expanduser() for p in (source, base, init) if p is not None)
 
 
 def find_edge(method: Method, a: Adapter, to: str) -> Edge:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterpack import containers, hub, limits, methods
-from adapterpack.adapter import Grade, Progress
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import apack, peft
 from adapterpack.containers.apack.manifest import Parent
-from adapterpack.convert import Conversion, inputs
+from adapterpack.conversion import Conversion, inputs
 from adapterpack.errors import AdapterpackError, UsageError
 from adapterpack.io.paths import plain_name
 from adapterpack.tensor import Source
+
+if TYPE_CHECKING:
+    from adapterpack.adapter import Progress
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -51,7 +54,7 @@ def pack(
         See `containers.open_checkpoint` and `containers.apack.write_pack` for the rest.
     """
     target = Path(destination).expanduser()
-    protected = (*inputs(source, base), *inputs(parent or source, None))
+    protected = inputs(source, base, parent)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         c = stack.enter_context(
@@ -133,7 +136,7 @@ def _names(c: Checkpoint) -> tuple[str, str | None]:
 
 def _facts(c: Checkpoint, method: str, encoding: str | None, dropped: tuple[str, ...]) -> apack.Facts:
     """What was lost so far: nothing, unless the source is a pack that says so."""
-    facts = apack.Facts(method, encoding, str(Grade.LOSSLESS), c.bytes, dropped=dropped)
+    facts = apack.Facts(method, encoding, "lossless", c.bytes, dropped=dropped)
     return facts if c.pack is None else facts.following(c.pack.manifest)
 
 

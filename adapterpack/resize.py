@@ -13,7 +13,8 @@ from adapterpack import containers, methods
 from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Grade, Outcome, Progress
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.containers import size_of
-from adapterpack.convert import Conversion, Measured, inputs, publish, refuse_loss
+from adapterpack.conversion import Conversion, inputs
+from adapterpack.convert import Measured, publish, refuse_loss
 from adapterpack.errors import Unsupported, UsageError
 from adapterpack.methods import _lora_resizing, _lowrank
 from adapterpack.methods._keys import render
@@ -90,7 +91,7 @@ def resize(
     """
     _check_goal(rank, energy, max_error, max_bytes)
     target = Path(destination).expanduser()
-    protected = inputs(source, None)
+    protected = inputs(source)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle) as checkpoint:
         _, adapter = methods.parse(checkpoint)

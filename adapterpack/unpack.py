@@ -10,18 +10,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterpack import containers
-from adapterpack.adapter import Progress
 from adapterpack.containers import apack
 from adapterpack.containers.apack.manifest import Tensors
 from adapterpack.containers.apack.reader import Stored
-from adapterpack.convert import inputs
+from adapterpack.conversion import inputs
 from adapterpack.errors import InvalidFile, UsageError, WriteFailed
 from adapterpack.io import atomic, cores
 from adapterpack.io.files import OpenFile
 from adapterpack.io.files import write as write_at
 from adapterpack.tensor import Memory, Source, chunks, digest
+
+if TYPE_CHECKING:
+    from adapterpack.adapter import Progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def unpack(
         WriteFailed: the system refuses, or the disk is too full.
     """
     path, target = Path(source).expanduser(), Path(destination).expanduser()
-    protected = (*inputs(path, base), *(() if parent is None else inputs(parent, None)))
+    protected = inputs(path, base, parent)
     atomic.check_destination(target.absolute(), overwrite=overwrite, protected=protected)
     if not path.exists():
         raise InvalidFile(f"no such file: {path}")

@@ -9,11 +9,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from adapterpack.adapter import Progress
+if TYPE_CHECKING:
+    from adapterpack.adapter import Progress
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -6,7 +6,8 @@ import click
 
 from adapterpack import projections, serving
 from adapterpack.cli import _output as out
-from adapterpack.convert import Conversion, convert
+from adapterpack.conversion import Conversion
+from adapterpack.convert import convert
 
 
 @click.command("convert")

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapterpack.adapter import Progress
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.containers.apack import opening, writer
+from adapterpack.containers.apack import opening
+from adapterpack.containers.apack.facts import Facts, References
 from adapterpack.containers.apack.file import SUFFIX, is_pack
 from adapterpack.containers.apack.manifest import Manifest, place_name
 from adapterpack.containers.apack.opening import OpenAdapter, base_tensors
-from adapterpack.containers.apack.placing import References
 from adapterpack.containers.apack.reader import Pack, parents
-from adapterpack.containers.apack.writer import Facts
 from adapterpack.io import cores
 from adapterpack.tensor import Source
+
+if TYPE_CHECKING:
+    from adapterpack.adapter import Progress
 
 __all__ = [
     "SUFFIX",
@@ -67,6 +69,9 @@ def write_pack(
     progress: Progress | None = None,
 ) -> tuple[Manifest, int]:
     """Write an adapter as a pack; see `writer.write`. `jobs` None: one for each core."""
+    # Late: who only reads packs needs no methods.
+    from adapterpack.containers.apack import writer
+
     return writer.write(
         c,
         destination,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from adapterpack import limits, methods
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.codecs import lines
+from adapterpack.containers.apack.facts import References
 from adapterpack.containers.apack.manifest import (
     Class,
     Drawn,
@@ -19,7 +20,6 @@ from adapterpack.containers.apack.manifest import (
     FromParent,
     InStream,
     Lines,
-    Parent,
     Place,
     Same,
     Tensors,
@@ -61,23 +61,6 @@ class StreamPlan:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
-
-
-@dataclass(frozen=True)
-class References:
-    """What is at hand elsewhere, so that it need not be stored.
-
-    Attributes:
-        parent: The checkpoint before this one.
-        parent_tensors: Its tensors.
-        base: What to call the base model.
-        base_tensors: Its tensors by their names on disk.
-    """
-
-    parent: Parent | None = None
-    parent_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    base: str | None = None
-    base_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterpack.adapter import Adapter, Grade, Progress
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.codecs import chain as chains
 from adapterpack.containers.apack import choosing, layout, manifest, parsing
 from adapterpack.containers.apack import file as outer
 from adapterpack.containers.apack.choosing import Choice
+from adapterpack.containers.apack.facts import Facts, References
 from adapterpack.containers.apack.manifest import Frame, Manifest, Stream
-from adapterpack.containers.apack.placing import Placing, References, StreamPlan, place
+from adapterpack.containers.apack.placing import Placing, StreamPlan, place
 from adapterpack.errors import AdapterpackError, WriteFailed
 from adapterpack.io import atomic, zstd
 from adapterpack.io.files import OpenFile
@@ -29,59 +29,10 @@ from adapterpack.tensor import Joined, Source, digest
 from adapterpack.version import __version__
 
 if TYPE_CHECKING:
+    from adapterpack.adapter import Progress
     from adapterpack.tensor import Array
 
 _MANIFEST_LEVEL = 19
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a pack says of its making.
-
-    Attributes:
-        method: `peft_type` in lower case.
-        grade: What was lost on the way from the source: `lossless`, `equivalent`, `approximate`.
-        max_error, error: Allowed and measured, as text.
-        source_bytes: All files of the source.
-        dropped: What is not in it.
-    """
-
-    method: str
-    encoding: str | None
-    grade: str
-    source_bytes: int
-    max_error: str | None = None
-    error: str | None = None
-    dropped: tuple[str, ...] = ()
-
-    @classmethod
-    def after(
-        cls,
-        source: Checkpoint,
-        made: Adapter,
-        grade: Grade,
-        error: float,
-        max_error: float | None,
-        dropped: tuple[str, ...],
-    ) -> Facts:
-        """What a pack says of an adapter that was made from another one.
-
-        Args:
-            error: Measured, relative.
-            max_error: What was allowed; None: nothing beyond `equivalent`.
-        """
-        lossy = grade is Grade.APPROXIMATE
-        allowed = None if max_error is None or not lossy else f"{max_error:g}"
-        measured = f"{error:.6g}" if lossy else None
-        mine = cls(made.method, made.encoding, str(grade), source.bytes, allowed, measured, dropped)
-        return mine if source.pack is None else mine.following(source.pack.manifest)
-
-    def following(self, before: Manifest) -> Facts:
-        """The same, of what was in a pack that has lost something itself."""
-        facts = replace(self, source_bytes=before.source_bytes, dropped=(*before.dropped, *self.dropped))
-        if Grade[before.grade.upper()] >= Grade[self.grade.upper()]:
-            return facts
-        return replace(facts, grade=before.grade, max_error=before.max_error, error=before.error)
 
 
 @dataclass(frozen=True)
