@@ -39,7 +39,7 @@ def unrotate(parts: list[Array]) -> list[Array]:
 
 def narrow(x: Array) -> Array:
     """The upper halves of 4-byte words whose lower halves are zero: bf16 values in an fp32 file."""
-    return x.view("<u2")[1::2]
+    return np.ascontiguousarray(x.view("<u2")[1::2])
 
 
 def widen(x: Array) -> Array:
@@ -128,8 +128,8 @@ def exponents(top: Array, below: Array) -> tuple[Array, Array, Array]:
     """
     used = _used(top.tobytes())
     numbers = bytearray(256)
-    for number, exponent in enumerate(used):
-        numbers[exponent] = number
+    for n, exponent in enumerate(used):
+        numbers[exponent] = n
     number = np.frombuffer(top.tobytes().translate(bytes(numbers)), np.uint8)
     spare = _spare(len(used))
     return np.frombuffer(used, np.uint8), _left(number, spare) | _right(below, 8 - spare), _left(below, spare)
