@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapterpack.tensor import Array
 
 _ONE, _SEVEN = np.uint8(1), np.uint8(7)
+_CLOSE = 32
 _FAR = 255
 """In gaps: 255 more zero words, and the gap goes on."""
 
@@ -124,9 +125,9 @@ def exponents(top: Array, below: Array) -> tuple[Array, Array, Array]:
         below: The next byte of each word.
 
     Returns:
-        The exponents in use, ascending, and the two planes.
+        The exponents, ascending, and the two planes.
     """
-    used = _used(top.tobytes())
+    used = _used(top)
     numbers = bytearray(256)
     for n, exponent in enumerate(used):
         numbers[exponent] = n
@@ -156,8 +157,15 @@ def _right(x: Array, n: int) -> Array:
     return x >> np.uint8(n) if n < 8 else np.zeros_like(x)
 
 
-def _used(data: bytes) -> bytes:
-    """The byte values that occur, ascending. Faster than counting them: few are missing from a sample."""
+def _used(top: Array) -> bytes:
+    """The byte values that occur, ascending; where they lie close together all between the least and the greatest."""
+    if not top.size:
+        return bytes(1)
+    least, greatest = int(top.min()), int(top.max())
+    if greatest - least < _CLOSE:
+        return bytes(range(least, greatest + 1))
+    # Faster than counting them: few are missing from a sample.
+    data = top.tobytes()
     known = bytes(set(data[:4096]))
     return bytes(sorted({*known, *data.translate(None, known)}))
 
