@@ -187,16 +187,15 @@ class Pack:
             case InStream():
                 return Stored(self._streams, self.layout.files[n])
             case Tensors():
-                return Joined([Memory(self.header(n)), *(t.source for t in self.tensors.values())])
+                return Joined([self.header(n), *(t.source for t in self.tensors.values())])
 
-    def header(self, n: int) -> bytes:
+    def header(self, n: int) -> Source:
         """The header of a safetensors file, length bytes included."""
         content = self.manifest.files[n].content
         assert isinstance(content, Tensors)
         if content.header is None:
-            return layout.header_of(content, self.manifest.tensors)
-        stored = Stored(self._streams, self.layout.headers[n])
-        return stored.read(0, stored.nbytes)
+            return Memory(layout.header_of(content, self.manifest.tensors))
+        return Stored(self._streams, self.layout.headers[n])
 
     def prove(self) -> None:
         """Read every frame and every file, and compare with the digests.
