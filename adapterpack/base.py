@@ -12,7 +12,7 @@ from adapterpack import architectures, experts, limits, names, quantised
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
-from adapterpack.io.files import OpenFile
+from adapterpack.io.files import Folder, OpenFile
 from adapterpack.io.paths import plain_name
 from adapterpack.tensor import BF16, DTYPES, F16, F32, DType, Shape, Tensor
 
@@ -26,7 +26,7 @@ class Base:
     """A model directory, opened. Use it as a context manager.
 
     Attributes:
-        path: The directory.
+        path: The directory, or what to call a repository of the Hub.
         config: config.json; empty if there is none.
         shards: Weight file name to its header.
         index: The shard index; None for a single file.
@@ -35,22 +35,22 @@ class Base:
         scheme: How it is quantised; None if it is not.
     """
 
-    def __init__(self, path: Path, *, weights: bool = True) -> None:
+    def __init__(self, place: Path | Folder, *, weights: bool = True) -> None:
         """Open headers and config.
 
         Args:
-            path: The directory.
+            place: The directory.
             weights: Are weights needed? Else a config.json alone is enough.
 
         Raises:
             InvalidFile: malformed, a shard is missing, or names disagree.
             Unsupported: the weights are there in another form only.
         """
-        if not path.is_dir():
-            raise InvalidFile(f"{path} is no model directory")
-        self.path = path
-        config = path / CONFIG
-        self.config: Mapping[str, Any] = strict_json.read(config) if config.exists() else {}
+        self._folder = folder = place if isinstance(place, Folder) else Folder(place)
+        self.path = folder.path
+        if not folder.is_there():
+            raise InvalidFile(f"{folder.path} is no model directory")
+        self.config: Mapping[str, Any] = self._json(CONFIG) if folder.has(CONFIG) else {}
         self.index: Mapping[str, Any] | None = None
         self.shards: dict[str, safetensors.Header] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -63,7 +63,9 @@ class Base:
         self._experts = experts.Experts(self.tensors)
         self._lie_apart = 0
         try:
-            for name in self._shard_names(weights):
+            shards = self._shard_names(weights)
+            folder.expect(shards)
+            for name in shards:
                 self._open_shard(name)
             self._check_index()
             self._find_scheme()
@@ -71,10 +73,13 @@ class Base:
             self.close()
             raise
 
+    def _json(self, name: str, limit: int = limits.CONFIG_BYTES) -> dict[str, Any]:
+        return strict_json.parse(self._folder.read_small(name, limit), str(self.path / name))
+
     def _shard_names(self, weights: bool) -> list[str]:
         index_path = self.path / INDEX
-        if index_path.exists():
-            self.index = strict_json.read(index_path, limits.INDEX_BYTES)
+        if self._folder.has(INDEX):
+            self.index = self._json(INDEX, limits.INDEX_BYTES)
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise InvalidFile(f"{index_path} has no weight_map")
@@ -82,11 +87,11 @@ class Base:
             if len(names) > limits.SHARDS:
                 raise InvalidFile(f"{index_path} names {len(names):,} shards; at most {limits.SHARDS:,} are read")
             return names
-        if (self.path / SINGLE).exists():
+        if self._folder.has(SINGLE):
             return [SINGLE]
         if not weights and self.config:
             return []
-        others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        others = [n for n in self._folder.names() if n.endswith((".bin", ".pt", ".pth", ".gguf", ".h5"))]
         if others:
             raise Unsupported(
                 f"{self.path} has its weights as {others[0]} only",
@@ -95,10 +100,9 @@ class Base:
         raise InvalidFile(f"{self.path} has no {SINGLE} and no {INDEX}: it is no base model")
 
     def _open_shard(self, name: str) -> None:
-        path = self.path / name
-        if not path.exists():
+        if not self._folder.has(name):
             raise InvalidFile(f"{self.path / INDEX} names {name}, which is missing", hint="download the base again")
-        file = OpenFile(path)
+        file = self._folder.open(name)
         self._files.append(file)
         header = safetensors.read(file)
         for key, tensor in header.tensors.items():
@@ -119,9 +123,8 @@ class Base:
 
     def _find_scheme(self) -> None:
         config = self.config
-        beside = self.path / MODELOPT
-        if "quantization_config" not in config and beside.exists():
-            said = strict_json.read(beside).get("quantization")
+        if "quantization_config" not in config and self._folder.has(MODELOPT):
+            said = self._json(MODELOPT).get("quantization")
             if isinstance(said, dict):
                 config = {**config, "quantization_config": {"quant_method": "modelopt", **said}}
         try:

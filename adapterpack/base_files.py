@@ -37,6 +37,11 @@ _NEVER_CARRIED = {".git", ".cache", "__pycache__", lineage.NAME}
 """Of a base's own lineage the new one tells."""
 
 
+def is_other_weights(path: str) -> bool:
+    """Does a file hold weights, by its name?"""
+    return Path(path).suffix in _OTHER_WEIGHTS
+
+
 def others(base: Base, *, requantise: bool = False) -> tuple[dict[str, WholeFile], list[str]]:
     """Every file that is carried, by path below the base, and the names of those that are not."""
     carried: dict[str, WholeFile] = {}
@@ -48,7 +53,7 @@ def others(base: Base, *, requantise: bool = False) -> tuple[dict[str, WholeFile
         if not path.exists():
             raise InvalidFile(f"{path} is a link that leads nowhere", hint="remove it from the base")
         other_index = name.endswith(".index.json") and name != INDEX
-        if path.suffix in _OTHER_WEIGHTS or other_index or (name == MODELOPT and not requantise):
+        if is_other_weights(name) or other_index or (name == MODELOPT and not requantise):
             left.append(name)
         else:
             if not path.is_file():

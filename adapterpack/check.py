@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterpack import containers, engines, hub, methods
+from adapterpack import containers, engines, hub, methods, sources
 from adapterpack.adapter import Adapter, Finding, Method, Progress, Request
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
@@ -41,6 +41,7 @@ def check(
     engine: str | None = None,
     subfolder: str | None = None,
     allow_pickle: bool = False,
+    fetch: bool = False,
     progress: Progress | None = None,
 ) -> Health:
     """Look for every fault that we know in an adapter.
@@ -48,6 +49,7 @@ def check(
     Args:
         base: Hold keys and shapes against this base; by default the one that the adapter names, if it is here.
         engine: Find, too, why this engine would reject it or load it as something else; see `engines`.
+        fetch: Of an adapter on the Hub: fetch it and check the values, too, not only what its headers tell.
 
     Raises:
         UsageError: there is no such engine.
@@ -55,13 +57,21 @@ def check(
     """
     reader = None if engine is None else engines.named(engine)
     with ExitStack() as stack:
-        opened = containers.open_checkpoint(
-            source, subfolder=subfolder, allow_pickle=allow_pickle, base=hub.named_base(base)
-        )
+        opened = None if fetch else sources.headers(source, subfolder)
+        if opened is None:
+            place = sources.here(source, subfolder)
+            opened = containers.open_checkpoint(
+                place, subfolder=subfolder, allow_pickle=allow_pickle, base=sources.base(base)
+            )
         c = stack.enter_context(opened)
-        c.prove()
-        findings = list(_values(c, progress))
+        findings: list[Finding] = []
         notes: list[str] = []
+        if c.at_hand:
+            c.prove()
+            findings += _values(c, progress)
+        else:
+            notes.append("only headers and config were read: --fetch brings the values here and checks them, too")
+            findings += _no_tensors(c)
         try:
             method, adapter = methods.parse(c)
         except Unsupported as e:
@@ -81,7 +91,7 @@ def check(
 
 def _model(base: str | Path | None, a: Adapter, stack: ExitStack) -> tuple[Base | None, str | None]:
     if base is not None:
-        return stack.enter_context(Base(hub.resolve_base(str(base)), weights=False)), None
+        return stack.enter_context(Base(sources.base_headers(base), weights=False)), None
     path = hub.implied_base(a.config)
     if path is None:
         return None, "keys and shapes were not held against a base: name one with --base"
@@ -106,6 +116,10 @@ def _values(c: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
         done += tensor.nbytes
         if progress:
             progress("values", done, total)
+    yield from _no_tensors(c)
+
+
+def _no_tensors(c: Checkpoint) -> Iterator[Finding]:
     if not c.tensors:
         yield Finding("empty", c.name, "it holds no tensors at all", "save the adapter again")
 
@@ -137,7 +151,8 @@ def _method_findings(method: Method, a: Adapter, model: Base | None) -> Iterator
         yield Finding("malformed", a.source.name, e.message, e.hint)
     for module, params in a.modules.items():
         for name, p in params.items():
-            if name in _ZERO_MEANS_UNTRAINED and p.tensor.numel and _all_zero(p.tensor):
+            may_be = a.source.at_hand and name in _ZERO_MEANS_UNTRAINED and p.tensor.numel
+            if may_be and _all_zero(p.tensor):
                 yield Finding(
                     "all-zero",
                     p.key,

@@ -34,6 +34,7 @@ class Checkpoint:
         left: Names of what conversions do not carry: all of `state`, folders, and what is no regular file.
         bytes: Sum of all files of the directory, folders not counted.
         pack: The pack that it lies in; None: a directory.
+        at_hand: Are the values here? Else it lies on the Hub, and the first value that is read fetches all of them.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Checkpoint:
     left: tuple[str, ...] = ()
     bytes: int = 0
     pack: Pack | None = field(default=None, repr=False)
+    at_hand: bool = True
     on_close: tuple[Callable[[], None], ...] = field(default=(), repr=False)
     still_same: Callable[[], None] = field(default=lambda: None, repr=False)
 

@@ -22,6 +22,7 @@ from adapterpack.methods._keys import PREFIX, flag
 from adapterpack.methods._lora_combining import DENSE, FACTORS, TYPES, Sum, Way
 from adapterpack.methods._lora_resizing import Cut
 from adapterpack.resize import ModuleRank, refuse_other_methods
+from adapterpack.sources import here
 from adapterpack.tensor import F32, Tensor
 
 if TYPE_CHECKING:
@@ -84,10 +85,10 @@ def combine(
     ways = _way(sources, weights, type, rank, density, majority_sign, seed)
     factors = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
     target = Path(destination).expanduser()
-    protected = tuple(Path(s).expanduser() for s in sources)
+    protected = tuple(here(s) for s in sources)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
-        opened = [stack.enter_context(containers.open_checkpoint(s, allow_pickle=allow_pickle)) for s in sources]
+        opened = [stack.enter_context(containers.open_checkpoint(s, allow_pickle=allow_pickle)) for s in protected]
         adapters = [methods.parse(c)[1] for c in opened]
         for a in adapters:
             refuse_other_methods(a)

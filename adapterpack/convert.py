@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterpack import card, casting, containers, engines, hub, initial, methods, projections, serving
+from adapterpack import card, casting, containers, engines, hub, initial, methods, projections, serving, sources
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -81,11 +81,13 @@ def convert(
     _check_wishes(to, dtype, engine, extra, layout, warm_start, init)
     reader = None if engine is None else engines.named(engine)
     target = Path(destination).expanduser()
+    source, init = sources.here(source, subfolder), None if init is None else sources.here(init)
     protected = inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
-        here = hub.named_base(base)
-        opened = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
+        opened = containers.open_checkpoint(
+            source, subfolder=subfolder, allow_pickle=allow_pickle, base=sources.base(base)
+        )
         checkpoint = stack.enter_context(opened)
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
@@ -204,7 +206,7 @@ def _without_start(
     stack: ExitStack,
 ) -> tuple[Outcome, Measured]:
     """Plain LoRA of an adapter that began with a part of the base; see `initial`."""
-    model = None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
+    model = sources.open_base(base, stack)
     if init is None and model is None:
         raise initial.refuse(trained)
     xp, error = TorchBackend(device), 0.0
@@ -288,14 +290,14 @@ def open_shapes(
     Raises:
         WrongBase: it lacks modules of the adapter.
     """
-    path = hub.named_base(base)
+    place = None if base is None else sources.base_headers(base)
     notes: tuple[str, ...] = ()
-    if path is None and wanted:
-        path = hub.implied_base(a.config)
-        notes = () if path is None else (f"base: {path}, as the adapter names it",)
-    if path is None:
+    if place is None and wanted:
+        place = hub.implied_base(a.config)
+        notes = () if place is None else (f"base: {place}, as the adapter names it",)
+    if place is None:
         return None, notes
-    shapes = stack.enter_context(Base(path, weights=False))
+    shapes = stack.enter_context(Base(place, weights=False))
     if strict:
         shapes.require([f"{m}.weight" for m in a.modules], a.config)
     return shapes, notes

@@ -11,6 +11,8 @@ AdapterpackError              exit 1   cannot be done
 ├── WrongBase                 exit 1   the base lacks modules, or has other shapes
 ├── NothingChanged            exit 1   a merge that would write the base again
 ├── WriteFailed               exit 1   no space, no permission, ...
+├── HubError                  exit 1   the Hub does not answer, refuses, or has no such thing
+├── Unhealthy                 exit 1   an adapter with faults that nobody should be sent
 └── LossRefused               exit 4   more would be lost than was allowed
 """
 
@@ -73,6 +75,14 @@ class NothingChanged(AdapterpackError):
 
 class WriteFailed(AdapterpackError):
     code = "write-failed"
+
+
+class HubError(AdapterpackError):
+    code = "hub"
+
+
+class Unhealthy(AdapterpackError):
+    code = "unhealthy"
 
 
 class LossRefused(AdapterpackError):

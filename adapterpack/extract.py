@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterpack import containers, hub, pairing, rest, svd
+from adapterpack import containers, pairing, rest, sources, svd
 from adapterpack.adapter import Progress
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import Base
@@ -144,7 +144,7 @@ def extract(
     """
     how = _How(rank, energy, max_rank, named_dtype(dtype), embeddings, rest)
     how.check()
-    places = hub.resolve_base(str(base)), hub.resolve_base(str(tuned))
+    places = sources.base_here(base), sources.base_here(tuned)
     target = Path(output).expanduser()
     containers.check_target(target, overwrite=overwrite, sources=places)
     with ExitStack() as stack:

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterpack import containers, hub, methods
+from adapterpack import containers, methods, sources
 from adapterpack.adapter import Adapter, Method
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import apack
 from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.io.files import Folder
 from adapterpack.tensor import Tensor
 
 _TRAINING_STATE = ("optimizer.", "scheduler.", "rng_state", "scaler.", "trainer_state.json", "training_args.bin")
@@ -105,17 +106,15 @@ def inspect(
     Raises:
         InvalidFile: it cannot be read at all.
     """
-    # A pack's manifest tells what it holds, whatever that is.
-    opaque = apack.is_pack(Path(source).expanduser())
-    with containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque) as c:
+    with _open(source, subfolder, allow_pickle) as c:
         pack = _pack_facts(c)
         try:
-            if opaque and not c.tensors:
+            if c.pack is not None and not c.tensors:
                 raise Unsupported("it holds no safetensors file: its weights are bytes here")
             method, adapter = methods.parse(c)
         except Unsupported as e:
             return replace(_opaque(c, e.message), pack=pack)
-        notes = [] if base is None else [_against(adapter, hub.resolve_base(str(base)))]
+        notes = [] if base is None else [_against(adapter, sources.base_headers(base))]
         return replace(_known(c, method, adapter, notes), pack=pack)
 
 
@@ -140,9 +139,18 @@ def _pack_facts(c: Checkpoint) -> PackFacts | None:
     )
 
 
-def _against(a: Adapter, path: Path) -> str:
+def _open(source: str | Path, subfolder: str | None, allow_pickle: bool) -> Checkpoint:
+    remote = sources.headers(source, subfolder, opaque=True)
+    if remote is not None:
+        return remote
+    # A pack's manifest tells what it holds, whatever that is.
+    opaque = apack.is_pack(Path(source).expanduser())
+    return containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque)
+
+
+def _against(a: Adapter, place: Path | Folder) -> str:
     """One line on whether a base has what the adapter changes."""
-    with Base(path, weights=False) as model:
+    with Base(place, weights=False) as model:
         wanted = a.targets()
         missing = model.bind(wanted)
     if missing:

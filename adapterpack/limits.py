@@ -51,3 +51,7 @@ PACK_BYTES = 10**12
 """Largest pack, and most bytes that one file of it restores to... each is stated, and checked before work."""
 PARENTS = 64
 """Longest chain of packs that are each stored as a difference to the one before."""
+REPO_FILES = 100_000
+"""Most files of one repository of the Hub."""
+CARD_BYTES = 1 << 20
+"""Longest model card that is mended."""

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from adapterpack import base_files, containers, hub, lineage, merged_model, methods, plan
+from adapterpack import base_files, containers, lineage, merged_model, methods, plan
 from adapterpack import layout as layouts
 from adapterpack.adapter import Adapter, Method, Progress
 from adapterpack.arithmetic import Arithmetic, Disproved
@@ -27,6 +27,7 @@ from adapterpack.io.files import WholeFile
 from adapterpack.io.resumable import Part, resumable_directory
 from adapterpack.layout import Layout, Shard, peak_memory
 from adapterpack.shards import write_shards
+from adapterpack.sources import base_here, here
 from adapterpack.tensor import digest as sha256
 from adapterpack.version import __version__
 
@@ -146,17 +147,21 @@ def merge(
     factors = tuple(weights) if weights is not None else (1.0,) * len(sources)
     options = Options(factors, rounding, verify, device, cores.usable() if jobs is None else jobs, digest, requantize)
     options.check(len(sources))
-    base_path, target = hub.resolve_base(str(into)), Path(output).expanduser()
-    protected = (base_path, *(Path(s).expanduser() for s in sources))
+    target = Path(output).expanduser()
     if target.suffix == apack.SUFFIX:
         raise UsageError(f"{target}: a merged model is a directory, packs hold adapters", hint="name a directory")
+    # Before anything is fetched, and again when it is known where everything lies.
+    containers.check_target(target, overwrite=overwrite, sources=())
+    places = [here(source, subfolder) for source in sources]
+    base_path = base_here(into)
+    protected = (base_path, *places)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         base = stack.enter_context(Base(base_path))
         parsed = []
-        for source in sources:
+        for place in places:
             checkpoint = containers.open_checkpoint(
-                source, subfolder=subfolder, allow_pickle=allow_pickle, base=base_path
+                place, subfolder=subfolder, allow_pickle=allow_pickle, base=base_path
             )
             parsed.append(methods.parse(stack.enter_context(checkpoint)))
         if requantize and base.scheme is None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterpack import containers, hub, limits, methods
+from adapterpack import containers, limits, methods, sources
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import apack, peft
 from adapterpack.containers.apack.manifest import Parent
@@ -54,11 +54,14 @@ def pack(
         See `containers.open_checkpoint` and `containers.apack.write_pack` for the rest.
     """
     target = Path(destination).expanduser()
+    source, parent = sources.here(source, subfolder), None if parent is None else sources.here(parent)
     protected = inputs(source, base, parent)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         c = stack.enter_context(
-            containers.open_checkpoint(source, subfolder=subfolder, parent=parent, base=base, opaque=True)
+            containers.open_checkpoint(
+                source, subfolder=subfolder, parent=parent, base=sources.base(base), opaque=True
+            )
         )
         references = find_references(stack, parent, base)
         files, dropped = _files(c, adapter_only)
@@ -97,7 +100,7 @@ def find_references(stack: ExitStack, parent: str | Path | None, base: str | Pat
     """
     found = apack.References()
     if parent is not None:
-        before = stack.enter_context(containers.open_checkpoint(parent, base=base))
+        before = stack.enter_context(containers.open_checkpoint(parent, base=sources.base(base)))
         packed = before.pack
         own = packed.manifest.parent if packed is not None else None
         depth = 1 if own is None else own.depth + 1
@@ -109,7 +112,7 @@ def find_references(stack: ExitStack, parent: str | Path | None, base: str | Pat
         name = plain_name(Path(parent).expanduser().resolve().name, "--parent")
         found = replace(found, parent=Parent(name, before.digest(), depth), parent_tensors=before.tensors)
     if base is not None:
-        tensors = apack.base_tensors(hub.resolve_base(str(base)), stack)
+        tensors = apack.base_tensors(sources.base_here(base), stack)
         found = replace(found, base=str(base), base_tensors=tensors)
     return found
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterpack import containers, methods
+from adapterpack import containers, methods, sources
 from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Grade, Outcome, Progress
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.containers import size_of
@@ -91,6 +91,7 @@ def resize(
     """
     _check_goal(rank, energy, max_error, max_bytes)
     target = Path(destination).expanduser()
+    source = sources.here(source, subfolder)
     protected = inputs(source)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle) as checkpoint:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from adapterpack import casting, containers, hub, methods
+from adapterpack import casting, containers, methods, sources
 from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
@@ -43,11 +43,12 @@ def shrink(
     progress: Progress | None,
 ) -> Conversion:
     """The smallest form of the same change of W, or of one within `max_error`; see `compress`."""
+    source = sources.here(source, subfolder)
     protected = inputs(source, base)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         opened = containers.open_checkpoint(
-            source, subfolder=subfolder, allow_pickle=allow_pickle, base=hub.named_base(base)
+            source, subfolder=subfolder, allow_pickle=allow_pickle, base=sources.base(base)
         )
         checkpoint = stack.enter_context(opened)
         method, adapter = methods.parse(checkpoint)

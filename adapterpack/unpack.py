@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterpack import containers
+from adapterpack import containers, sources
 from adapterpack.containers import apack
 from adapterpack.containers.apack.manifest import Tensors
 from adapterpack.containers.apack.reader import Stored, StreamReader
@@ -76,7 +76,8 @@ def unpack(
         UsageError: it is no pack.
         WriteFailed: the system refuses, or the disk is too full.
     """
-    path, target = Path(source).expanduser(), Path(destination).expanduser()
+    path, target = sources.here(source), Path(destination).expanduser()
+    parent = None if parent is None else sources.here(parent)
     protected = inputs(path, base, parent)
     atomic.check_destination(target.absolute(), overwrite=overwrite, protected=protected)
     if not path.exists():
@@ -86,7 +87,7 @@ def unpack(
     if expect_sha256 is not None:
         _expect(path, expect_sha256)
     with ExitStack() as stack:
-        c = stack.enter_context(containers.open_checkpoint(path, parent=parent, base=base, opaque=True))
+        c = stack.enter_context(containers.open_checkpoint(path, parent=parent, base=sources.base(base), opaque=True))
         assert c.pack is not None
         m = c.pack.manifest
         _check_space(target.absolute().parent, c.bytes)

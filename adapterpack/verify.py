@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterpack import containers, hub, lineage, merged_model, methods, plan
+from adapterpack import containers, lineage, merged_model, methods, plan, sources
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -89,15 +89,16 @@ def verify(
     """
     xp = TorchBackend(device)
     with ExitStack() as stack:
-        here = hub.named_base(base)
+        here = sources.base(base)
+        a, b = sources.here(a, subfolder), sources.model_here(b)
         source = stack.enter_context(
             containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
         )
         source.prove()
         method_a, adapter_a = methods.parse(source)
         model = _open_base(base, stack)
-        if _is_model(Path(b)):
-            return _against_model((method_a, adapter_a), Path(b), model, xp, max_error, stack, progress)
+        if _is_model(b):
+            return _against_model((method_a, adapter_a), b, model, xp, max_error, stack, progress)
         other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle, base=here))
         other.prove()
         method_b, adapter_b = methods.parse(other)
@@ -125,7 +126,8 @@ def _against_model(
     story = lineage.read(path)
     notes = ["errors of a merged model hold the rounding of its dtype; findings are what goes beyond it"]
     if model is None and story is not None:
-        model = _open_base(story.base, stack)
+        # Named by a file, not by the user: nothing is fetched for it.
+        model = stack.enter_context(Base(sources.base_at_hand(story.base, story.commit)))
         notes.append(f"base: {story.base}, as {lineage.NAME} says")
     if model is None:
         raise UsageError(f"{path} is a model: name what it was merged into", hint="--base BASE")
@@ -169,7 +171,7 @@ def _merged_with(
             continue
         hint = f"the model was merged from {len(story.adapters)} adapters; put it where it was"
         try:
-            checkpoint = stack.enter_context(containers.open_checkpoint(source.reference))
+            checkpoint = stack.enter_context(containers.open_checkpoint(sources.here(source.reference, cached=True)))
         except AdapterpackError as e:
             raise InvalidFile(f"{source.reference}, merged too, cannot be read: {e.message}", hint=hint) from e
         found = lineage.Source.of(source.reference, checkpoint, source.weight)
@@ -180,7 +182,7 @@ def _merged_with(
 
 
 def _open_base(base: str | Path | None, stack: ExitStack) -> Base | None:
-    return None if base is None else stack.enter_context(Base(hub.resolve_base(str(base))))
+    return sources.open_base(base, stack)
 
 
 def _is_model(path: Path) -> bool:

@@ -16,6 +16,7 @@ UNHEALTHY = 3
 @click.option(
     "--for", "engine", metavar="ENGINE", help="Would vllm, sglang, tgi, lorax, llamacpp, peft==0.10 read it?"
 )
+@click.option("--fetch", is_flag=True, help="Of an adapter on the Hub: fetch it and check its values, too.")
 @out.source_options
 @out.output_options
 @click.pass_context
@@ -24,6 +25,7 @@ def command(
     source: str,
     base: str | None,
     engine: str | None,
+    fetch: bool,
     subfolder: str | None,
     allow_pickle: bool,
     as_json: bool,
@@ -31,12 +33,19 @@ def command(
 ) -> None:
     """Look for every known fault of an adapter. Exit code 3 if there is one.
 
+    Of an adapter on the Hub, headers and config are read, and values with --fetch.
     Without --base, the base that the adapter names is used if it is a local directory or in the Hub cache.
     With --for, each rule of the engine that it breaks is a finding: rejected, misread or ignored there.
     """
     with out.progress(quiet or as_json) as progress:
         result = check(
-            source, base=base, engine=engine, subfolder=subfolder, allow_pickle=allow_pickle, progress=progress
+            source,
+            base=base,
+            engine=engine,
+            subfolder=subfolder,
+            allow_pickle=allow_pickle,
+            fetch=fetch,
+            progress=progress,
         )
     if as_json:
         out.print_json("check", result)

@@ -5,13 +5,15 @@ What an adapter lies in is found here, and what it shall be written to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import apack, peft
 from adapterpack.errors import UsageError
 from adapterpack.io import atomic
+from adapterpack.io.files import Folder
 
 _NO_CONTAINER = (".safetensors", ".bin", ".gguf", ".npz", ".pt", ".pth", ".ckpt")
 
@@ -22,7 +24,7 @@ def open_checkpoint(
     subfolder: str | None = None,
     allow_pickle: bool = False,
     parent: str | Path | None = None,
-    base: str | Path | None = None,
+    base: apack.Where = None,
     opaque: bool = False,
 ) -> Checkpoint:
     """Open whatever `source` is.
@@ -32,7 +34,7 @@ def open_checkpoint(
         subfolder: Which adapter of several.
         allow_pickle: Read adapter_model.bin, tensors only, where no safetensors file is.
         parent: Where a pack finds the one that it is a difference to; None: beside it.
-        base: Where a pack finds tensors of its base; None: where it says.
+        base: Where a pack finds tensors of its base, or what finds that when it is needed; None: where it says.
         opaque: The files are enough, without any tensors.
 
     Raises:
@@ -43,15 +45,32 @@ def open_checkpoint(
         if subfolder is not None:
             raise UsageError("--subfolder goes with a directory, not with a pack")
         given = None if parent is None else Path(parent).expanduser()
-        return _open(path, parent=given, base=None if base is None else Path(base).expanduser(), opaque=opaque)
+        return _open(path, parent=given, base=base, opaque=opaque)
     return peft.open_adapter(path, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque)
 
 
-def _open(path: Path, *, parent: Path | None, base: Path | None, depth: int = 0, opaque: bool = False) -> Checkpoint:
+def _open(path: Path, *, parent: Path | None, base: apack.Where, depth: int = 0, opaque: bool = False) -> Checkpoint:
     """A pack, or the directory that is a pack's parent."""
     if not apack.is_pack(path):
         return peft.open_adapter(path)
     return apack.open_pack(path, parent=parent, base=base, depth=depth, opaque=opaque, opener=_open)
+
+
+def open_remote(folder: Folder, sizes: Mapping[str, int], *, opaque: bool = False) -> Checkpoint:
+    """Open an adapter of a repository from its headers: the pack in that folder, or the files as PEFT wrote them.
+
+    Args:
+        folder: Gives its files by name.
+        sizes: Name of each file that is directly in it, to its bytes.
+        opaque: The files are enough, without any tensors.
+
+    Raises:
+        See `peft.open_remote` and `apack.open_pack`.
+    """
+    packs = [name for name in sizes if name.endswith(apack.SUFFIX)]
+    if peft.CONFIG not in sizes and len(packs) == 1:
+        return replace(apack.open_pack(folder.open(packs[0]), opaque=opaque, opener=_open), at_hand=False)
+    return replace(peft.open_remote(folder, sizes, opaque=opaque), at_hand=False)
 
 
 def check_target(destination: Path, *, overwrite: bool, sources: Iterable[Path]) -> None:

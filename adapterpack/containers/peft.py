@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterpack import limits
@@ -12,7 +12,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, PickleRefused, UsageError
 from adapterpack.io import atomic, safetensors
 from adapterpack.io import json as strict_json
-from adapterpack.io.files import OpenFile, WholeFile, read_small
+from adapterpack.io.files import FileIn, Folder, WholeFile
 from adapterpack.tensor import Source, chunks
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -21,7 +21,9 @@ _CARRIED_SUFFIXES = frozenset(
     (".json", ".jsonl", ".jinja", ".md", ".model", ".spm", ".tiktoken", ".toml", ".txt", ".vocab", ".yaml", ".yml")
 )
 _CARRIED_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
-_TRAINER_STATE = {"trainer_state.json"}
+MANIFEST = "adapterpack_manifest.json"
+"""What `push` says of the files of a repository: true of them alone, so no conversion carries it."""
+_NOT_CARRIED = {"trainer_state.json", MANIFEST}
 _TRAINER_STEP = re.compile(r"checkpoint-\d+")
 
 
@@ -50,31 +52,66 @@ def open_adapter(
         raise InvalidFile(_absent(path))
     else:
         path = _choose(path, subfolder)
+    return _open(
+        Folder(path), weights_name, _other_files(path, weights_name), allow_pickle=allow_pickle, opaque=opaque
+    )
+
+
+def open_remote(folder: Folder, sizes: Mapping[str, int], *, opaque: bool = False) -> Checkpoint:
+    """Open an adapter whose directory cannot be listed: a folder of a repository on the Hub.
+
+    Args:
+        folder: Gives its files by name.
+        sizes: Name of each file that is directly in it, to its bytes.
+        opaque: As in `open_adapter`.
+
+    Raises:
+        As `open_adapter` does.
+    """
+    files: dict[str, Source] = {}
+    state: dict[str, Source] = {}
+    for name, size in sorted(sizes.items()):
+        if name not in (CONFIG, WEIGHTS):
+            (files if is_carried(name, size) else state)[name] = FileIn(folder, name, size)
+    others = _Others(files, state, tuple(state), sum(sizes.values()))
+    return _open(folder, WEIGHTS, others, allow_pickle=False, opaque=opaque)
+
+
+@dataclass(frozen=True)
+class _Others:
+    """Files that are carried, those that only packs carry, names of all that are not, and the bytes of all files."""
+
+    files: dict[str, Source]
+    state: dict[str, Source]
+    left: tuple[str, ...]
+    total: int
+
+
+def _open(folder: Folder, weights_name: str, others: _Others, *, allow_pickle: bool, opaque: bool) -> Checkpoint:
+    path = folder.path
     config_path = path / CONFIG
-    if not config_path.exists():
+    if not folder.has(CONFIG):
         raise InvalidFile(
             f"{path} is no adapter: it has no {CONFIG}",
             hint="name the directory that PEFT's save_pretrained wrote",
         )
-    config_bytes = read_small(config_path, limits.CONFIG_BYTES)
+    config_bytes = folder.read_small(CONFIG, limits.CONFIG_BYTES)
     config = strict_json.parse(config_bytes, str(config_path))
     if not isinstance(config.get("peft_type"), str):
         raise InvalidFile(f"{config_path} does not say its peft_type", hint="PEFT writes it; restore the file")
-    files, state, left, total = _other_files(path, weights_name)
     found = Checkpoint(
         name=str(path),
         config=config,
         tensors={},
         config_bytes=config_bytes,
-        files=files,
-        state=state,
-        left=left,
-        bytes=total,
+        files=others.files,
+        state=others.state,
+        left=others.left,
+        bytes=others.total,
     )
-    weights_path = path / weights_name
-    if not weights_path.exists():
-        return found if opaque and state else _pickle(path, found, allow_pickle)
-    file = OpenFile(weights_path)
+    if not folder.has(weights_name):
+        return found if opaque and others.state else _pickle(folder, found, allow_pickle)
+    file = folder.open(weights_name)
     try:
         header = safetensors.read(file)
     except BaseException:
@@ -138,11 +175,10 @@ def is_carried(path: str, size: int) -> bool:
     text = suffix in _CARRIED_SUFFIXES or name in _CARRIED_NAMES
     index = name.endswith(".safetensors.index.json")
     nested = "/" in path
-    return text and not index and not nested and size <= limits.CARRIED_BYTES and name not in _TRAINER_STATE
+    return text and not index and not nested and size <= limits.CARRIED_BYTES and name not in _NOT_CARRIED
 
 
-def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], dict[str, Source], tuple[str, ...], int]:
-    """Files that are carried, those that only packs carry, names of all that are not, and the bytes of all files."""
+def _other_files(path: Path, weights_name: str) -> _Others:
     files: dict[str, Source] = {}
     state: dict[str, Source] = {}
     left: list[str] = []
@@ -164,7 +200,7 @@ def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], dict
         else:
             state[entry.name] = WholeFile(entry, size)
             left.append(entry.name)
-    return files, state, tuple(left), total
+    return _Others(files, state, tuple(left), total)
 
 
 def _nested(directory: Path, name: str) -> Iterator[tuple[str, Source]]:
@@ -178,9 +214,10 @@ def _nested(directory: Path, name: str) -> Iterator[tuple[str, Source]]:
             yield f"{name}/{entry.name}", WholeFile(entry, entry.stat().st_size)
 
 
-def _pickle(path: Path, found: Checkpoint, allow: bool) -> Checkpoint:
+def _pickle(folder: Folder, found: Checkpoint, allow: bool) -> Checkpoint:
+    path = folder.path
     source = path / PICKLE
-    if not source.exists():
+    if not folder.has(PICKLE):
         raise InvalidFile(f"{path} has no {WEIGHTS}", hint="name the directory that PEFT's save_pretrained wrote")
     if not allow:
         raise PickleRefused(

@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -159,6 +160,55 @@ class WholeFile:
             return file.read(start, min(stop, self.nbytes))
 
 
+class Folder:
+    """A directory whose files are opened by name; those of a repository lie elsewhere, and are read as well.
+
+    `path` is what to call it in messages, and where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def is_there(self) -> bool:
+        """Is it a directory?"""
+        return self.path.is_dir()
+
+    def has(self, name: str) -> bool:
+        """Is there such a file?"""
+        return (self.path / name).exists()
+
+    def names(self) -> list[str]:
+        """The names of all that is directly in it."""
+        return sorted(entry.name for entry in self.path.iterdir())
+
+    def open(self, name: str) -> OpenFile:
+        """Open one of its files. Raises InvalidFile."""
+        return OpenFile(self.path / name)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """These will be opened: what takes a while can be done for all of them at once."""
+
+    def read_small(self, name: str, limit: int) -> bytes:
+        """All bytes of a file that should be small; see `read_small`."""
+        with self.open(name) as file:
+            return _all(file, limit)
+
+
+@dataclass(frozen=True)
+class FileIn:
+    """A file of a folder, opened only while it is read."""
+
+    folder: Folder
+    name: str
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        with self.folder.open(self.name) as file:
+            if file.size != self.nbytes:
+                raise _changed(file.path)
+            return file.read(start, min(stop, self.nbytes))
+
+
 def read_small(path: Path, limit: int) -> bytes:
     """All bytes of a file that should be small.
 
@@ -166,6 +216,10 @@ def read_small(path: Path, limit: int) -> bytes:
         InvalidFile: it is larger than `limit` bytes, no regular file, or cannot be read.
     """
     with OpenFile(path) as file:
-        if file.size > limit:
-            raise InvalidFile(f"{path} has {file.size:,} bytes; at most {limit:,} are read")
-        return file.read(0, file.size)
+        return _all(file, limit)
+
+
+def _all(file: OpenFile, limit: int) -> bytes:
+    if file.size > limit:
+        raise InvalidFile(f"{file.path} has {file.size:,} bytes; at most {limit:,} are read")
+    return file.read(0, file.size)

@@ -373,24 +373,22 @@ def _shape_findings(a: Adapter) -> Iterator[Finding]:
                 f"set r to {rank}",
             )
         if a.encoding == TOPK:
-            yield from _topk_findings(module, params, sides, sizes)
+            yield from _topk_findings(module, params, sides, sizes, at_hand=a.source.at_hand)
 
 
 def _topk_findings(
-    module: str, params: Mapping[str, Param], sides: Mapping[str, tuple[Tensor, ...]], sizes: _Sizes
+    module: str,
+    params: Mapping[str, Param],
+    sides: Mapping[str, tuple[Tensor, ...]],
+    sizes: _Sizes,
+    *,
+    at_hand: bool,
 ) -> Iterator[Finding]:
     import numpy as np
 
     fix = "adapterpack convert --to topk writes it right"
     for side, (indices, weights) in sides.items():
         index_key, weight_key = params[f"indices_{side}"].key, params[f"weights_{side}"].key
-        chosen = indices.numpy().astype(np.int64)
-        if chosen.size and not (chosen.min() >= 0 and chosen.max() < sizes.vectors):
-            yield Finding(
-                "index-outside-bank", index_key, f"an index lies outside the bank of {sizes.vectors} vectors"
-            )
-        if (np.diff(np.sort(chosen, -1), axis=-1) == 0).any():
-            yield Finding("duplicate-index", index_key, "a sub-vector names one vector of the bank twice")
         if weights.dtype.name != "F32":
             yield Finding(
                 "narrow-topk-weights",
@@ -398,6 +396,15 @@ def _topk_findings(
                 f"topk_weights in {weights.dtype}: PEFT cannot load them",
                 fix,
             )
+        if not at_hand:
+            continue
+        chosen = indices.numpy().astype(np.int64)
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < sizes.vectors):
+            yield Finding(
+                "index-outside-bank", index_key, f"an index lies outside the bank of {sizes.vectors} vectors"
+            )
+        if (np.diff(np.sort(chosen, -1), axis=-1) == 0).any():
+            yield Finding("duplicate-index", index_key, "a sub-vector names one vector of the bank twice")
         last = 1 - weights.numpy().astype(np.float32).sum(-1, dtype=np.float32)
         if (last < 0).any():
             yield Finding(

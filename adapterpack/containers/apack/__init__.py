@@ -17,9 +17,10 @@ from adapterpack.containers.apack import opening
 from adapterpack.containers.apack.facts import Facts, References
 from adapterpack.containers.apack.file import SUFFIX, is_pack
 from adapterpack.containers.apack.manifest import Manifest, place_name
-from adapterpack.containers.apack.opening import OpenAdapter, base_tensors
+from adapterpack.containers.apack.opening import OpenAdapter, Where, base_tensors
 from adapterpack.containers.apack.reader import Pack, parents
 from adapterpack.io import cores
+from adapterpack.io.files import OpenFile
 from adapterpack.tensor import Source
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "Manifest",
     "Pack",
     "References",
+    "Where",
     "base_tensors",
     "is_pack",
     "parents",
@@ -39,17 +41,17 @@ __all__ = [
 
 
 def open_pack(
-    path: Path,
+    place: Path | OpenFile,
     *,
     parent: Path | None = None,
-    base: Path | None = None,
+    base: Where = None,
     depth: int = 0,
     opaque: bool = False,
     opener: OpenAdapter,
 ) -> Checkpoint:
     """Open a pack as the checkpoint that it restores; its `pack` is the pack itself. See `opening` for the errors."""
     with ExitStack() as stack:
-        pack = opening.open_pack(path, stack, parent=parent, base=base, depth=depth, opener=opener)
+        pack = opening.open_pack(place, stack, parent=parent, base=base, depth=depth, opener=opener)
         found = opening.checkpoint(pack, stack.pop_all(), opaque=opaque)
         return replace(found, pack=pack)
     raise AssertionError("unreachable")

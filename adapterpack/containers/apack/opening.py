@@ -19,24 +19,27 @@ from adapterpack.io import safetensors
 from adapterpack.io.files import OpenFile
 from adapterpack.tensor import Tensor
 
+Where = Path | Callable[[], Path] | None
+"""A directory, or what finds it once it is needed: it may have to be fetched, and many packs need none."""
+
 
 class OpenAdapter(Protocol):
     """How the parent is opened, whatever container it lies in."""
 
-    def __call__(self, path: Path, *, parent: Path | None, base: Path | None, depth: int) -> Checkpoint: ...
+    def __call__(self, path: Path, *, parent: Path | None, base: Where, depth: int) -> Checkpoint: ...
 
 
 def open_pack(
-    path: Path, stack: ExitStack, *, parent: Path | None, base: Path | None, depth: int, opener: OpenAdapter
+    place: Path | OpenFile, stack: ExitStack, *, parent: Path | None, base: Where, depth: int, opener: OpenAdapter
 ) -> Pack:
     """Open a pack, and what it refers to when that is first needed.
 
     Args:
-        path: The file.
+        place: The file.
         stack: Keeps what is opened.
         parent: Where the parent is; None: beside the pack, under its recorded name. A directory that is no adapter
             is searched for that name.
-        base: The base model's directory; None: as recorded, if that is a directory.
+        base: The base model's directory, or what finds it; None: as recorded, if that is a directory.
         depth: How many packs led here.
         opener: Opens the parent.
 
@@ -44,9 +47,10 @@ def open_pack(
         InvalidFile: damaged, or the chain of parents is too long.
         Unsupported: of another version.
     """
+    path = place.path if isinstance(place, OpenFile) else place
     if depth > limits.PARENTS:
         raise InvalidFile(f"{path}: more than {limits.PARENTS} packs lead here, each the parent of another")
-    file = OpenFile(path)
+    file = place if isinstance(place, OpenFile) else OpenFile(place)
     stack.callback(file.close)
     pack: Pack
 
@@ -80,7 +84,7 @@ def _once(make: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str,
 
 
 def _open_parent(
-    pack: Pack, path: Path, stack: ExitStack, given: Path | None, base: Path | None, depth: int, opener: OpenAdapter
+    pack: Pack, path: Path, stack: ExitStack, given: Path | None, base: Where, depth: int, opener: OpenAdapter
 ) -> Mapping[str, Tensor]:
     wanted = pack.manifest.parent
     if wanted is None:
@@ -108,9 +112,9 @@ def _places(path: Path, wanted: Parent, given: Path | None) -> Iterator[Path]:
     yield path.parent / wanted.name
 
 
-def _open_base(pack: Pack, path: Path, stack: ExitStack, given: Path | None) -> Mapping[str, Tensor]:
+def _open_base(pack: Pack, path: Path, stack: ExitStack, given: Where) -> Mapping[str, Tensor]:
     recorded = Path(pack.manifest.base or ".")
-    place = given or (recorded if recorded.is_dir() else None)
+    place = given() if callable(given) else given or (recorded if recorded.is_dir() else None)
     if place is None:
         raise MissingReference(f"{path} takes tensors from its base model, which is not here", hint=_base_hint(pack))
     return base_tensors(place, stack)
