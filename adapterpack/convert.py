@@ -80,14 +80,12 @@ def convert(
     """
     _check_wishes(to, dtype, engine, extra, layout, warm_start, init)
     reader = None if engine is None else engines.named(engine)
-    target = Path(destination).expanduser()
     source, init = sources.here(source, subfolder), None if init is None else sources.here(init)
-    protected = inputs(source, base, init)
+    target, protected = Path(destination).expanduser(), inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
-        opened = containers.open_checkpoint(
-            source, subfolder=subfolder, allow_pickle=allow_pickle, base=sources.base(base)
-        )
+        here = sources.base(base)
+        opened = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
         checkpoint = stack.enter_context(opened)
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)

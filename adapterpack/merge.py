@@ -150,12 +150,8 @@ def merge(
     target = Path(output).expanduser()
     if target.suffix == apack.SUFFIX:
         raise UsageError(f"{target}: a merged model is a directory, packs hold adapters", hint="name a directory")
-    # Before anything is fetched, and again when it is known where everything lies.
-    containers.check_target(target, overwrite=overwrite, sources=())
-    places = [here(source, subfolder) for source in sources]
-    base_path = base_here(into)
+    base_path, places = _fetched(into, sources, target, subfolder, overwrite)
     protected = (base_path, *places)
-    containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         base = stack.enter_context(Base(base_path))
         parsed = []
@@ -182,6 +178,18 @@ def merge(
                 part.clear()
                 result = job.run(part, job.arithmetic.torch(stack), progress)
         return replace(result, output=str(target))
+
+
+def _fetched(
+    into: str | Path, sources: Sequence[str | Path], target: Path, subfolder: str | None, overwrite: bool
+) -> tuple[Path, list[Path]]:
+    """Where base and adapters lie on this machine; what is missing is fetched. The target is none of them."""
+    # Checked before anything is fetched, which may take hours, and again once it is known where everything lies.
+    containers.check_target(target, overwrite=overwrite, sources=())
+    places = [here(source, subfolder) for source in sources]
+    base_path = base_here(into)
+    containers.check_target(target, overwrite=overwrite, sources=(base_path, *places))
+    return base_path, places
 
 
 @dataclass
