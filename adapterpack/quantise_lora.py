@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterpack.adapter import Adapter, Param, Progress
-from adapterpack.codecs.lines import LARGEST, Quantised, classes, nearest_steps, step_values
+from adapterpack.codecs.lines import LARGEST, Quantised, classes, nearest_steps, step_value, step_values
 from adapterpack.methods import _lora_resizing
 from adapterpack.methods._lora_resizing import Cut, Part
 from adapterpack.tensor import F32, Tensor, numpy_dtype
-from adapterpack.waterfilling import Lines, Steps, single_steps, steps_for
+from adapterpack.waterfilling import Lines, Search, Steps, single_steps, steps_for
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
@@ -139,7 +139,8 @@ def _first_trial(factors: _Factors, allowed: float) -> _Trial | None:
 
 def _cost(trial: _Trial, allowed: float) -> float:
     """Bits at the allowed error, from those at another one near it: a bit a value halves the error."""
-    return 8 * trial.nbytes + (trial.b.size + trial.a.size) * math.log2(trial.squared / allowed + 1e-12) / 2
+    values: int = trial.b.size + trial.a.size
+    return 8 * trial.nbytes + values * math.log2(trial.squared / allowed + 1e-12) / 2
 
 
 def _fitted(factors: _Factors, allowed: float) -> _Trial | None:
@@ -243,18 +244,19 @@ def matrix(xp: Backend, values: Array, max_error: float, axis: int) -> Quantised
     if total == 0 or not math.isfinite(total):
         return None if total else equal(xp, values, 1.0, axis)
     allowed = (min(max_error, 0.999) * _SAFE) ** 2 * total
-    step, best = math.sqrt(12 * allowed / values.numel()), None
+    best_ratio = 0.0
+    search, best = Search(math.sqrt(12 * allowed / values.numel())), None
     for _ in range(_ROUNDS):
-        made = equal(xp, values, step, axis)
+        made = equal(xp, values, search.knob, axis)
         if made is None:
             return best
         kept = xp.torch.as_tensor(made.values(), device=xp.device).double()
-        squared = float((values - (kept if axis == 0 else kept.T)).square().sum())
-        if squared <= allowed:
-            best = made
-            if squared >= _CLOSE * allowed:
-                break
-        step *= min(max(math.sqrt(allowed * (1 + _CLOSE) / 2 / max(squared, 1e-300)), 0.5), 1.5)
+        ratio = math.sqrt(float((values - (kept if axis == 0 else kept.T)).square().sum()) / allowed)
+        if ratio <= 1 and (best is None or ratio > best_ratio):
+            best, best_ratio = made, ratio
+        if _CLOSE <= ratio <= 1:
+            break
+        search.tell(ratio)
     return best
 
 
@@ -277,9 +279,9 @@ def equal(xp: Backend, values: Array, step: float, axis: int) -> Quantised | Non
 
 def steps_near(step: float, lines: int) -> list[int]:
     """Step codes of many lines whose squares are as `step` squared in the mean, the coarser ones first."""
-    j = int(nearest_steps(step))
-    fine = j if float(step_values(j)) <= step else j - 1
-    low, high = (float(step_values(c)) ** 2 for c in (fine, fine + 1))
+    j = int(nearest_steps([step])[0])
+    fine = j if step_value(j) <= step else j - 1
+    low, high = step_value(fine) ** 2, step_value(fine + 1) ** 2
     coarse = int(min(max((step**2 - low) / (high - low), 0.0), 1.0) * lines)
     return [fine + 1] * coarse + [fine] * (lines - coarse)
 
@@ -294,7 +296,7 @@ def vector(xp: Backend, old: Param, max_error: float) -> Param:
 
 
 def stored_now(tensor: Tensor) -> float:
-    """About how many bytes a float tensor takes without loss: its exponents have little entropy, the rest is noise."""
+    """About how many bytes a float tensor takes without loss: its exponents are predictable, the rest is noise."""
     import numpy as np
 
     if tensor.dtype.name not in ("F32", "BF16", "F16") or not tensor.numel:

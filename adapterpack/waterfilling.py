@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterpack.tensor import Array
 
 _RATIOS = 2.0 ** (np.arange(-40, 25) / 8)
-"""Steps in parts of the standard deviation that are tried one by one; below them the formulas for small steps hold."""
+"""Steps in standard deviations that are tried one by one; below them the formulas for small steps hold."""
 _OFFSETS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.25)
 """By how much a value must come nearer to the next code than half way."""
 _PRICES = np.arange(0, 161) / 8 - 4
@@ -224,3 +224,37 @@ def single_steps(deviations: Sequence[float] | Array, step: float) -> tuple[Arra
     spread = np.log2(np.maximum(np.asarray(deviations, np.float64), 1e-300))
     code = nearest_steps(np.full(spread.shape, step))
     return code, _moved(np.log2(step_values(code)) - spread)[0]
+
+
+class Search:
+    """Looks for the largest knob whose error is within a bound, where the error grows about as the knob does.
+
+    On a grid of steps it does so in jumps: what is known of the two sides bounds every next try.
+
+    Attributes:
+        knob: To be tried next.
+    """
+
+    def __init__(self, knob: float = 1.0) -> None:
+        self.knob = knob
+        self._low, self._high = 0.0, np.inf
+
+    def tell(self, ratio: float) -> None:
+        """What came of the knob. Args: ratio: the error in parts of the bound."""
+        if ratio <= 1:
+            self._low = max(self._low, self.knob)
+        else:
+            self._high = min(self._high, self.knob)
+        knob = self.knob * min(max(_AIM / max(ratio, 1e-300), 0.25), 2.0)
+        if self._low and self._high < np.inf:
+            if not self._low < knob < self._high:
+                knob = float(np.sqrt(self._low * self._high))
+        elif self._low:
+            knob = max(knob, self._low * 1.01)
+        else:
+            # A sixteenth of an octave: half a step of the grid at least.
+            knob = min(knob, self._high * 0.957)
+        self.knob = knob
+
+
+_AIM = 0.9985
