@@ -6,7 +6,7 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-from adapterpack import quantise_lora
+from adapterpack import quantise_experts, quantise_lora
 from adapterpack import quantise_rounds as rounds
 from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
 from adapterpack.codecs.lines import Quantised
@@ -89,8 +89,8 @@ def _made(
     xp = request.xp
     if a.method == "lora" and not flag(a.config, "use_dora"):
         made = quantise_lora.modules(a, xp, max_error, progress)
-        notes = (f"{len(a.parameters)} adapted parameters stay lossless",) if a.parameters else ()
-        return rounds.New(dict(rounds.vectors(a, xp, max_error)), made), notes
+        tensors = quantise_experts.tensors(a, xp, request.shapes, max_error, progress)
+        return rounds.New(tensors | dict(rounds.vectors(a, xp, max_error)), made), ()
     if a.method == "lora":
         biases = rounds.New(dict(rounds.vectors(a, xp, max_error)))
         if model is None or not model.tensors:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterpack.adapter import Adapter, Param, Progress
+from adapterpack.adapter import Adapter, LowRank, Param, Progress
 from adapterpack.codecs.lines import LARGEST, Quantised, classes, nearest_steps, step_value, step_values
-from adapterpack.methods import _lora_resizing
+from adapterpack.methods import _lora_resizing, _lowrank
 from adapterpack.methods._lora_resizing import Cut, Part
 from adapterpack.tensor import F32, Tensor, numpy_dtype
 from adapterpack.waterfilling import Lines, Search, Steps, single_steps, steps_for
@@ -22,6 +23,9 @@ _CLOSE = 0.995
 """A squared error of this much of what is allowed is close enough: it is worth 0.004 bits a value."""
 _SAFE = 1 - 1e-6
 """Others measure in another order of sums."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Layers that PEFT joins for a base whose experts are fused: their ranks must be the same then, and so with bare
+parameters, whose ranks PEFT tells from `r` alone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def modules(a: Adapter, xp: Backend, max_error: float, progress: Progress | None
     for n, part in enumerate(parts):
         if progress:
             progress("quantise", n, len(parts))
-        new = module(xp, part, max_error)
+        new = module(xp, part, max_error, keep_rank=bool(a.parameters) or _EXPERT.search(part.name) is not None)
         if new is not None and new.nbytes < sum(stored_now(t) for t in part.module.pair):
             made[part.name] = new
     if progress:
@@ -87,8 +91,8 @@ class _Factors:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Factors that were quantised.
+class Codes:
+    """Factors of a change, quantised.
 
     Attributes:
         b, a: Codes, int32, (k, out) and (k, in).
@@ -106,44 +110,72 @@ class _Trial:
         """Of A and of B."""
         return Quantised(self.a, self.steps[1]), Quantised(self.b, self.steps[0], axis=1)
 
+    def padded(self, rank: int) -> Codes:
+        """The same with lines of zeros up to a rank."""
+        import numpy as np
+
+        more = rank - len(self.a)
+        b, a = (np.pad(x, ((0, more), (0, 0))) for x in (self.b, self.a))
+        return Codes(b, a, (self.steps[0] + (0,) * more, self.steps[1] + (0,) * more), self.squared)
+
     @property
     def nbytes(self) -> int:
         return classes(self.sources).nbytes + sum(map(len, self.steps))
 
 
-def module(xp: Backend, part: Part, max_error: float) -> Made | None:
-    """The fewest bits that keep the change within `max_error`; None where its codes would be too large."""
-    low, full = part.low_rank(xp), part.decomposed(xp)
+def module(xp: Backend, part: Part, max_error: float, *, keep_rank: bool = False) -> Made | None:
+    """The fewest bits that keep the change within `max_error`; None where its codes would be too large.
+
+    Args:
+        keep_rank: Lines that get no bits stay, as zeros.
+    """
+    best = codes_of(xp, part.low_rank(xp), part.name, max_error)
+    if best is None:
+        return None
+    if keep_rank:
+        best = best.padded(part.rank)
+    shape_a, shape_b = _lora_resizing.shapes(part, len(best.a))
+    source_a, source_b = best.sources
+    return Made(Cut(Tensor(F32, shape_a, source_a), Tensor(F32, shape_b, source_b)), best.nbytes)
+
+
+def codes_of(xp: Backend, low: LowRank, name: str, max_error: float) -> Codes | None:
+    """Codes of the factors of one change, of its rank or a lower one; see `module`.
+
+    Raises:
+        InvalidFile: a factor has NaN or infinite values.
+    """
+    full = _lowrank.decomposed(xp, low, name)
     squared = float((full.values**2).sum())
     if squared == 0:
         # Of a change that is nothing nothing may be lost, and of its factors all.
-        return _as_made(part, _zeros(part))
+        return _zeros(low)
     allowed = (min(max_error, 0.999) * _SAFE) ** 2 * squared
     root = full.values.sqrt()[:, None]
     bases = [_Factors(xp, root * full.left.T, root * full.right)]
-    if part.rank > 1:
+    if low.a.shape[0] > 1:
         # Where columns are sparse their own basis may be the better one.
         bases.append(_Factors(xp, xp.f64(low.b).T, xp.f64(low.a)))
     trials = [_first_trial(f, allowed) for f in bases]
     costs = [math.inf if t is None else _cost(t, allowed) for t in trials]
-    best = None
     for cost, factors in sorted(zip(costs, bases, strict=True), key=lambda pair: pair[0]):
-        if best is None and math.isfinite(cost):
-            best = _fitted(factors, allowed)
-    return None if best is None else _as_made(part, best)
+        best = _fitted(factors, allowed) if math.isfinite(cost) else None
+        if best is not None:
+            return best
+    return None
 
 
-def _first_trial(factors: _Factors, allowed: float) -> _Trial | None:
+def _first_trial(factors: _Factors, allowed: float) -> Codes | None:
     return _quantised(factors, steps_for(factors.lines, allowed))
 
 
-def _cost(trial: _Trial, allowed: float) -> float:
+def _cost(trial: Codes, allowed: float) -> float:
     """Bits at the allowed error, from those at another one near it: a bit a value halves the error."""
     values: int = trial.b.size + trial.a.size
     return 8 * trial.nbytes + values * math.log2(trial.squared / allowed + 1e-12) / 2
 
 
-def _fitted(factors: _Factors, allowed: float) -> _Trial | None:
+def _fitted(factors: _Factors, allowed: float) -> Codes | None:
     """The coarsest steps whose measured error is within the allowed one; None: none are."""
     lines, goal, best, seen = factors.lines, allowed, None, set()
     for _ in range(_ROUNDS):
@@ -161,7 +193,7 @@ def _fitted(factors: _Factors, allowed: float) -> _Trial | None:
     return best
 
 
-def _quantised(factors: _Factors, steps: Steps) -> _Trial | None:
+def _quantised(factors: _Factors, steps: Steps) -> Codes | None:
     """Quantise A, then the B that is best for it (least squares); measure. None for codes that are too large."""
     torch, kept = factors.xp.torch, torch_index(factors.xp, steps)
     widths = [torch.as_tensor(step_values(c), device=factors.xp.device)[:, None] for c in steps.codes]
@@ -194,7 +226,7 @@ def _quantised(factors: _Factors, steps: Steps) -> _Trial | None:
     chosen = kept.cpu().numpy()
     place = {int(line): n for n, line in enumerate(steps.kept)}
     own = [tuple(int(c[place[int(line)]]) for line in chosen) for c in steps.codes]
-    return _Trial(_int32(codes_b), _int32(codes_a), (own[0], own[1]), max(squared, 0.0))
+    return Codes(_int32(codes_b), _int32(codes_a), (own[0], own[1]), max(squared, 0.0))
 
 
 def torch_index(xp: Backend, steps: Steps) -> Array:
@@ -213,18 +245,11 @@ def _int32(codes: Array) -> Array:
     return np.ascontiguousarray(codes.cpu().numpy().astype(np.int32))
 
 
-def _zeros(part: Part) -> _Trial:
+def _zeros(low: LowRank) -> Codes:
     import numpy as np
 
-    low_a, low_b = part.module.pair
-    shape_a, out = (1, math.prod(low_a.shape[1:])), low_b.shape[0]
-    return _Trial(np.zeros((1, out), np.int32), np.zeros(shape_a, np.int32), ((0,), (0,)), 0.0)
-
-
-def _as_made(part: Part, trial: _Trial) -> Made:
-    shape_a, shape_b = _lora_resizing.shapes(part, len(trial.a))
-    source_a, source_b = trial.sources
-    return Made(Cut(Tensor(F32, shape_a, source_a), Tensor(F32, shape_b, source_b)), trial.nbytes)
+    b, a = (np.zeros((1, n), np.int32) for n in (low.b.shape[0], low.a.shape[1]))
+    return Codes(b, a, ((0,), (0,)), 0.0)
 
 
 # -- what stands in no product -----------------------------------------------------------------------------

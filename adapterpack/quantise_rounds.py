@@ -178,6 +178,7 @@ def vblora_units(a: Adapter, xp: Backend) -> list[Unit]:
     values = xp.f64(bank)
     places = [(m, f"weights_{side}") for m in a.modules for side in "AB"]
     weights = {(m, n): a.modules[m][n].tensor for m, n in places if a.modules[m][n].tensor.numel}
+    longest = max((t.shape[-1] + 1 for t in weights.values()), default=1)
     # What no sub-vector names adds nothing to any change.
     used = xp.torch.zeros(bank.shape[0], dtype=xp.torch.bool, device=xp.device)
     for params in a.modules.values():
@@ -192,7 +193,8 @@ def vblora_units(a: Adapter, xp: Backend) -> list[Unit]:
 
     def weights_at(step: float) -> New | None:
         made = {}
-        steps = quantise_lora.steps_near(step, len(weights))
+        # Coarser ones could leave no weight at all to a sub-vector.
+        steps = quantise_lora.steps_near(min(step, 0.25 / longest), len(weights))
         for (place, tensor), j in zip(weights.items(), steps, strict=True):
             source = _weights(tensor, j)
             if source is None:
@@ -207,7 +209,7 @@ def vblora_units(a: Adapter, xp: Backend) -> list[Unit]:
 
 
 def _weights(tensor: Tensor, j: int) -> Quantised | None:
-    """The first k - 1 of k weights; None for a step that is too small or too large.
+    """The first k - 1 of k weights; None for a step that is too small.
 
     PEFT computes the last weight as 1 - sum and takes its logarithm: the sum of whole numbers of steps is exact in
     f32, and never above 1.
@@ -216,7 +218,7 @@ def _weights(tensor: Tensor, j: int) -> Quantised | None:
 
     step = float(step_values([j])[0])
     most = math.floor(1 / step)
-    if not 4 * (tensor.shape[-1] + 1) <= most <= LARGEST:
+    if most > LARGEST:
         return None
     old = tensor.numpy().astype(np.float64).reshape(-1, tensor.shape[-1])
     codes = np.rint(old / step).astype(np.int32)

@@ -26,8 +26,9 @@ _RATIOS = 2.0 ** (np.arange(-40, 25) / 8)
 """Steps in standard deviations that are tried one by one; below them the formulas for small steps hold."""
 _OFFSETS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.25)
 """By how much a value must come nearer to the next code than half way."""
-_PRICES = np.arange(0, 161) / 8 - 4
-"""log2 of the price of a normal line's relative squared error, in bits a value."""
+_PRICES = np.arange(0, 129) / 8 - 4
+"""log2 of the price of a normal line's relative squared error, in bits a value; the last one asks for steps above the
+least of those tried."""
 _CODED_ONE_BY_ONE = 80
 """Symbols up to which a Huffman code is built; beyond that it takes what the entropy says, and a little."""
 _LITTLE = 0.03
@@ -119,7 +120,9 @@ def _moved(log_ratio: Array) -> tuple[Array, Array]:
     at = np.clip(np.rint((log_ratio - ratios[0]) * 8).astype(np.int64), 0, len(ratios) - 1)
     error = 2.0 ** np.interp(log_ratio, ratios, errors)
     small = log_ratio < ratios[0]
-    return np.where(small, 0.0, offsets[at]), np.where(small, 2.0 ** (2 * log_ratio) / 12, error)
+    return np.where(small, 0.0, offsets[at]), np.where(
+        small, 2.0 ** (2 * np.minimum(log_ratio, ratios[0])) / 12, error
+    )
 
 
 @dataclass(frozen=True)
