@@ -73,7 +73,8 @@ def _topk(method: Method, start: Outcome, request: Request) -> Outcome:
     """VB-LoRA as top-k, with weights that PEFT can load."""
     for edge in method.edges.get(start.adapter.encoding, ()):
         if edge.to == vblora.TOPK:
-            return edge.run(start.adapter, request)
+            made = edge.run(start.adapter, request)
+            return start if made.grade is Grade.LOSSLESS else made
     return start
 
 

@@ -23,7 +23,7 @@ _CLOSE = 0.995
 """A squared error of this much of what is allowed is close enough: it is worth 0.004 bits a value."""
 _SAFE = 1 - 1e-6
 """Others measure in another order of sums."""
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 """Layers that PEFT joins for a base whose experts are fused: their ranks must be the same then, and so with bare
 parameters, whose ranks PEFT tells from `r` alone."""
 

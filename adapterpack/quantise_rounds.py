@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from adapterpack import quantise_lora
 from adapterpack.adapter import Adapter, Param, Progress
 from adapterpack.codecs.lines import LARGEST, Quantised, classes, step_values
+from adapterpack.errors import InvalidFile
 from adapterpack.methods import _lora_resizing, vblora
 from adapterpack.quantise_lora import Made, equal, matrix, stored_now
 from adapterpack.tensor import F32, Tensor
@@ -151,6 +152,14 @@ def _at(unit: Unit, costs: Sequence[float], error: float) -> New | None:
     return new
 
 
+def _finite(xp: Backend, param: Param) -> Array:
+    """Its values, f64. Raises InvalidFile for NaN and infinities: no step comes near them."""
+    values = xp.f64(param.tensor)
+    if not xp.finite(values):
+        raise InvalidFile(f"{param.key} has NaN or infinite values")
+    return values
+
+
 def _number(error: float) -> float:
     return error if error == error else math.inf
 
@@ -173,11 +182,17 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def vblora_units(a: Adapter, xp: Backend) -> list[Unit]:
-    """One unit: the bank, and all weights. The adapter is in the top-k encoding; its indices stay as they are."""
+    """One unit: the bank, and all weights. The adapter is in the top-k encoding; its indices stay as they are.
+
+    Raises:
+        InvalidFile: a value is NaN or infinite.
+    """
     bank = a.shared[vblora.BANK].tensor
-    values = xp.f64(bank)
+    values = _finite(xp, a.shared[vblora.BANK])
     places = [(m, f"weights_{side}") for m in a.modules for side in "AB"]
     weights = {(m, n): a.modules[m][n].tensor for m, n in places if a.modules[m][n].tensor.numel}
+    for module, name in weights:
+        _finite(xp, a.modules[module][name])
     longest = max((t.shape[-1] + 1 for t in weights.values()), default=1)
     # What no sub-vector names adds nothing to any change.
     used = xp.torch.zeros(bank.shape[0], dtype=xp.torch.bool, device=xp.device)
@@ -231,7 +246,7 @@ def _weights(tensor: Tensor, j: int) -> Quantised | None:
 
 
 def vera_units(a: Adapter, xp: Backend) -> list[Unit]:
-    """A unit for each module: its two vectors. The projections stay as they are."""
+    """A unit for each module: its two vectors. The projections stay as they are. Raises InvalidFile as above."""
     return [
         Unit(
             frozenset({f"{module}.weight"}),
@@ -243,7 +258,7 @@ def vera_units(a: Adapter, xp: Backend) -> list[Unit]:
 
 def _vector(xp: Backend, module: str, name: str, param: Param) -> Piece:
     """A vector as one line, at a step in parts of its root mean square."""
-    values = xp.f64(param.tensor).reshape(1, -1)
+    values = _finite(xp, param).reshape(1, -1)
     mean = float(values.square().mean().sqrt()) if values.numel() else 0.0
 
     def at(error: float) -> New | None:

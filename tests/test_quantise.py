@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_convert import assert_loads_in_peft, relative
+from test_convolutions import CONVOLUTIONS
 from test_experts import PARAMETERS
 
 import adapterpack
@@ -165,10 +167,10 @@ def test_a_step_of_many_lines_can_lie_between_two() -> None:
 
 PLAIN = [c.name for c in (*cases.LORA, *cases.VBLORA, *cases.VERA) if "dora" not in c.name]
 DORA = [c.name for c in cases.LORA if "dora" in c.name]
+KERNELS = ("convolution-2d-rslora", "convolution-1d-bias", "convolution-1d-dora")
 
 
-@pytest.mark.parametrize("error", [4e-3, 0.15])
-@pytest.mark.parametrize("name", [*PLAIN, *DORA])
+@pytest.mark.parametrize(("name", "error"), [*zip([*PLAIN, *DORA], itertools.cycle([0.15, 4e-3]))])
 def test_the_error_is_never_exceeded_and_peft_reads_the_result(name, error, workshop, files, tmp_path: Path) -> None:
     adapter, base = workshop.pair(name)
     outcome = quantised(adapter, error, tmp_path / "q", base)
@@ -191,6 +193,24 @@ def test_without_a_base_each_parameter_of_dora_is_within_the_error(name, worksho
     quantised(adapter, 0.03, tmp_path / "q")
     assert adapterpack.verify(adapter, tmp_path / "q", max_error=0.03).equal
     assert_loads_in_peft(workshop, base, tmp_path / "q", adapter)
+
+
+@pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.name in KERNELS], ids=str)
+def test_convolutions_with_their_kernels(case, workshop, tmp_path: Path) -> None:
+    adapter, base = workshop.adapter(case), workshop.base_of(case)
+    quantised(adapter, 0.05, tmp_path / "q", base)
+    assert adapterpack.verify(adapter, tmp_path / "q", base=base, max_error=0.05).max_rel_error > 0.02
+    assert adapterpack.verify(adapter, tmp_path / "q", base=base, max_error=0.05).equal
+    assert_loads_in_peft(workshop, base, tmp_path / "q", adapter)
+
+
+def test_layers_of_single_experts_keep_their_rank(tmp_path: Path) -> None:
+    """PEFT joins them where the base has them fused, and that takes one rank."""
+    for module, ranks in (("experts.{}.w1", {16}), ("layers.{}.query", {10, 11, 12, 13})):
+        where = tmp_path / module[:6]
+        trained_like(where, 16, [(64, 64)] * 3, module=module)
+        outcome = quantised(where, 0.25)
+        assert {p["lora_A"].tensor.shape[0] for p in outcome.adapter.modules.values()} <= ranks
 
 
 @pytest.mark.parametrize("case", PARAMETERS, ids=str)
@@ -245,9 +265,17 @@ def test_a_change_of_nothing_stays_nothing(workshop, files, tmp_path: Path) -> N
     quantised(zero, 0.05, tmp_path / "q")
     assert adapterpack.verify(zero, tmp_path / "q", max_error=0.05).equal
     assert not files.tensors(tmp_path / "q")[key].any()
-    bad = files.edited(adapter, tmp_path / "bad", {key: torch.full_like(files.tensors(adapter)[key], math.nan)})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("linear-llama", "lora_B"), ("topk-k2", "bank"), ("topk-k3", "_weights"), ("seed-mixed", "_b")]
+)
+def test_nan_is_refused(name, part, workshop, files, tmp_path: Path) -> None:
+    adapter, base = workshop.pair(name)
+    key, tensor = next((k, t) for k, t in files.tensors(adapter).items() if part in k)
+    bad = files.edited(adapter, tmp_path / "bad", {key: torch.full_like(tensor, math.nan)})
     with pytest.raises(InvalidFile, match="NaN"):
-        quantised(bad, 0.05)
+        quantised(bad, 0.05, base=base)
 
 
 def test_lower_ranks_are_stated_with_their_scales(workshop, files, tmp_path: Path) -> None:
@@ -269,13 +297,13 @@ def test_lower_ranks_are_stated_with_their_scales(workshop, files, tmp_path: Pat
 # -- how few bits ------------------------------------------------------------------------------------------
 
 
-def trained_like(where: Path, rank: int, shapes: list[tuple[int, int]], seed: int = 0) -> int:
+def trained_like(where: Path, rank: int, shapes: list[tuple[int, int]], module: str = "layers.{}.query") -> int:
     """LoRA whose singular values fall as those of trained r64 do: half the energy in 6, 0.26 of the norm past 32.
 
     Returns:
         The number of its values.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     tensors = {}
     for n, (out, into) in enumerate(shapes):
         spectrum = torch.arange(1, rank + 1) ** -0.55 * torch.exp(-torch.arange(rank) / 60)
@@ -283,21 +311,21 @@ def trained_like(where: Path, rank: int, shapes: list[tuple[int, int]], seed: in
         mix = torch.linalg.qr(torch.randn(rank, rank, generator=g)).Q
         b = (torch.randn(out, rank, generator=g) * spectrum) @ mix
         a = mix.T @ torch.randn(rank, into, generator=g)
-        key = f"base_model.model.layers.{n}.query.lora_"
+        key = f"base_model.model.{module.format(n)}.lora_"
         tensors |= {f"{key}A.weight": a.contiguous() * 0.05, f"{key}B.weight": b.contiguous() * 0.01}
     where.mkdir()
     save_file(tensors, where / "adapter_model.safetensors", metadata={"format": "pt"})
     (where / "adapter_config.json").write_text(
-        f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": 16, "target_modules": ["query"]}}'
+        f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": 16, "target_modules": ["{module[-5:]}"]}}'
     )
     return sum(t.numel() for t in tensors.values())
 
 
 @pytest.mark.parametrize(
-    ("error", "rank64", "rank8"), [(6e-3, 7.75, 8.1), (2.4e-2, 5.7, 6.1), (9.6e-2, 3.75, 4.1)], ids=str
+    ("error", "rank64", "rank8"), [(6e-3, 6.95, 8.0), (2.4e-2, 4.95, 6.0), (9.6e-2, 2.95, 4.0)], ids=str
 )
 def test_bits_per_value_are_what_is_promised(error, rank64, rank8, tmp_path: Path) -> None:
-    """Every stream really coded. Promised: 8.3, 6.3 and 4.3 at rank 64; half a bit less was hoped for."""
+    """Every stream really coded. The least that was wanted: 8.3, 6.3 and 4.3 at rank 64."""
     for rank, bits in ((64, rank64), (8, rank8)):
         values = trained_like(tmp_path / f"{rank}", rank, [(384, 384)] * 8 + [(1536, 384), (384, 1536)] * 2)
         outcome = quantised(tmp_path / f"{rank}", error, tmp_path / f"q{rank}")
