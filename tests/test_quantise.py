@@ -187,6 +187,17 @@ def test_the_error_is_never_exceeded_and_peft_reads_the_result(name, error, work
     assert all(files.same(files.tensors(adapter)[k], files.tensors(tmp_path / "q")[k]) for k in kept)
 
 
+@pytest.mark.parametrize("name", [c.name for c in (*cases.NARROW_LORA, *cases.NARROW_VBLORA, *cases.NARROW_VERA)])
+def test_16_bit_adapters_too(name, workshop, tmp_path: Path) -> None:
+    adapter, base = workshop.pair(name, "bf16")
+    quantised(adapter, 0.03, tmp_path / "q", base)
+    seen = adapterpack.verify(adapter, tmp_path / "q", base=base, max_error=0.03)
+    assert seen.equal and seen.max_rel_error > 0.01
+    # Eleven bits are what they have: an error that takes more is no gain.
+    if "lora" not in name and "dora" not in name and "full" not in name:
+        assert quantised(adapter, 2e-5, base=base).grade is Grade.LOSSLESS
+
+
 @pytest.mark.parametrize("name", DORA)
 def test_without_a_base_each_parameter_of_dora_is_within_the_error(name, workshop, tmp_path: Path) -> None:
     adapter, base = workshop.pair(name)
