@@ -47,6 +47,10 @@ LAYERS = [
         "rest",
         "svd",
         "initial",
+        "waterfilling",
+        "quantise_lora",
+        "quantise_experts",
+        "quantise_rounds",
     },
     {
         "inspect",
@@ -54,6 +58,7 @@ LAYERS = [
         "convert",
         "compress",
         "shrink",
+        "quantise",
         "pack",
         "unpack",
         "resize",
