@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from adapterpack.extract import ExtractedModule, Extraction, extract
     from adapterpack.inspect import Inspection, inspect
     from adapterpack.merge import Merge, merge
+    from adapterpack.pull import Pull, pull
+    from adapterpack.push import Push, push
     from adapterpack.resize import Resizing, resize
     from adapterpack.unpack import Unpacked, unpack
     from adapterpack.verify import Verification, verify
@@ -34,6 +36,8 @@ __all__ = [
     "Health",
     "Inspection",
     "Merge",
+    "Pull",
+    "Push",
     "Resizing",
     "Unpacked",
     "Verification",
@@ -45,6 +49,8 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "pull",
+    "push",
     "resize",
     "unpack",
     "verify",
@@ -58,11 +64,16 @@ _HOMES = {
     "Health": "check",
     "Inspection": "inspect",
     "Merge": "merge",
+    "Pull": "pull",
+    "Push": "push",
     "Resizing": "resize",
     "Unpacked": "unpack",
     "Verification": "verify",
 }
-_VERBS = {"check", "combine", "compress", "convert", "extract", "inspect", "merge", "resize", "unpack", "verify"}
+_VERBS = {
+    *("check", "combine", "compress", "convert", "extract", "inspect", "merge", "pull", "push", "resize", "unpack"),
+    "verify",
+}
 
 
 def __getattr__(name: str) -> Any:

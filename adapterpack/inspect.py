@@ -114,7 +114,8 @@ def inspect(
             method, adapter = methods.parse(c)
         except Unsupported as e:
             return replace(_opaque(c, e.message), pack=pack)
-        notes = [] if base is None else [_against(adapter, sources.base_headers(base))]
+        notes = [] if c.at_hand else [f"headers alone were read, of {c.name}"]
+        notes += [] if base is None else [_against(adapter, sources.base_headers(base))]
         return replace(_known(c, method, adapter, notes), pack=pack)
 
 

@@ -40,11 +40,11 @@ def here(source: str | Path, subfolder: str | None = None, *, cached: bool = Fal
     place = snapshot.reference.path
     folder = snapshot.reference.below(subfolder).path
     wanted = needed(snapshot, folder)
-    top = snapshot.fetch([_join(folder, name) for name in wanted], bars=bars)
+    top = snapshot.fetch([join(folder, name) for name in wanted], bars=bars)
     if any(name.endswith(apack.SUFFIX) for name in wanted):
         pack = next(name for name in wanted if name.endswith(apack.SUFFIX))
-        fetch_parents(snapshot, top / _join(folder, pack), bars=bars)
-        return top / _join(folder, pack)
+        fetch_parents(snapshot, top / join(folder, pack), bars=bars)
+        return top / join(folder, pack)
     return top / place
 
 
@@ -95,7 +95,8 @@ def _goes_along(name: str, size: int) -> bool:
     return name == peft.MANIFEST or (peft.is_carried(name, size) and name not in _NOT_FETCHED)
 
 
-def _join(folder: str, name: str) -> str:
+def join(folder: str, name: str) -> str:
+    """A path in a repository; either part may be empty."""
     return "/".join(part for part in (folder, name) if part)
 
 
@@ -107,7 +108,7 @@ def fetch_parents(snapshot: hub.Snapshot, pack: Path, *, bars: bool = False) -> 
             parent = apack.Pack(file).manifest.parent
         if parent is None:
             return
-        path = _join(folder, parent.name)
+        path = join(folder, parent.name)
         if path not in snapshot.files:
             return
         pack = snapshot.fetch([path], bars=bars) / path
@@ -158,7 +159,7 @@ def base_here(source: str | Path, *, bars: bool = False) -> Path:
     files = snapshot.inside(folder)
     wanted = []
     if INDEX in files:
-        at = snapshot.fetch([_join(folder, INDEX)]) / _join(folder, INDEX)
+        at = snapshot.fetch([join(folder, INDEX)]) / join(folder, INDEX)
         listed = strict_json.read(at, limits.INDEX_BYTES).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else set()
         wanted = [name for name in files if name in names]
@@ -169,7 +170,7 @@ def base_here(source: str | Path, *, bars: bool = False) -> Path:
     start = f"{folder}/" if folder else ""
     texts = [n for n in snapshot.files if n.startswith(start) and _goes_with_base(n[len(start) :])]
     # Files are proven as they arrive; to hash a whole model again and again would take longer than to merge it.
-    top = snapshot.fetch([*texts, *(_join(folder, name) for name in wanted)], prove=False, bars=bars)
+    top = snapshot.fetch([*texts, *(join(folder, name) for name in wanted)], prove=False, bars=bars)
     return top / folder
 
 

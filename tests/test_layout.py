@@ -26,6 +26,7 @@ LAYERS = [
         "quantised",
         "hub",
         "sources",
+        "release",
         "plan",
         "casting",
         "conversion",
@@ -66,6 +67,9 @@ LAYERS = [
         "extract",
         "verify",
         "merge",
+        "staging",
+        "push",
+        "pull",
     },
     {"cli"},
 ]

@@ -9,7 +9,10 @@ import click
 from adapterpack.cli import _edge
 from adapterpack.version import __version__
 
-VERBS = ("inspect", "check", "convert", "compress", "unpack", "resize", "combine", "extract", "verify", "merge")
+VERBS = (
+    *("inspect", "check", "convert", "compress", "unpack", "resize", "combine", "extract", "verify", "merge"),
+    *("push", "pull"),
+)
 
 
 class _Verbs(click.Group):
@@ -32,7 +35,8 @@ def cli() -> None:
     """Convert, compress, verify and merge fine-tuned adapter checkpoints, with proof.
 
     SRC and ADAPTER are PEFT directories (adapter_config.json beside adapter_model.safetensors), packs
-    (.apack), or one .safetensors file with its config beside it. Inputs are never modified.
+    (.apack), or one .safetensors file with its config beside it; or lie on the Hugging Face Hub:
+    org/name, org/name@revision/folder. A local path wins. Inputs are never modified.
 
     \b
     Exit codes: 0 done; 1 failed; 2 wrong usage; 3 verify or check found a difference or fault;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -36,10 +37,53 @@ output_options = options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
     click.option("-q", "--quiet", is_flag=True, help="Print the resulting path at most."),
 )
-source_options = options(
+local_options = options(
     click.option("--subfolder", metavar="NAME", help="One adapter of several; '.' is the one at the top."),
     click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin, tensors only, in a separate process."),
 )
+
+
+def token_option(f: F) -> F:
+    """`--token`, in use while the verb runs: no verb sees it, so none can print it."""
+
+    @functools.wraps(f)
+    def call(*args: Any, token: str | None, **kwargs: Any) -> Any:
+        from adapterpack.hub.client import credentials
+
+        with credentials(token):
+            return f(*args, **kwargs)
+
+    said = "Of the Hub, where HF_TOKEN and the login will not do: others may see it in the list of processes."
+    return click.option("--token", metavar="TOKEN", help=said)(call)  # type: ignore[return-value]
+
+
+def revision_option(f: F) -> F:
+    """`--revision`, of the first input if that is on the Hub."""
+
+    @functools.wraps(f)
+    def call(*args: Any, revision: str | None, **kwargs: Any) -> Any:
+        if revision is not None:
+            name = next(n for n in ("source", "a", "adapters") if n in kwargs)
+            first, *others = kwargs[name] if isinstance(kwargs[name], tuple) else (kwargs[name],)
+            pinned = _at(first, revision)
+            kwargs[name] = (pinned, *others) if isinstance(kwargs[name], tuple) else pinned
+        return f(*args, **kwargs)
+
+    said = "Branch, tag or commit of the first input, if it is on the Hub."
+    return click.option("--revision", metavar="REV", help=said)(call)  # type: ignore[return-value]
+
+
+def _at(source: str, revision: str) -> str:
+    from adapterpack.hub import references
+
+    found = references.find(source)
+    if found is None:
+        raise click.UsageError(f"--revision goes with a repository of the Hub; {source} is a local path")
+    return f"{references.SCHEME}{found.at(revision)}"
+
+
+hub_options = options(revision_option, token_option)
+source_options = options(local_options, hub_options)
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N or mps."
 )

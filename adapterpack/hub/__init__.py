@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterpack.hub.client import credentials
+from adapterpack.hub.client import credentials, scrub, token
 from adapterpack.hub.references import Reference, find, is_repo, parse
 from adapterpack.hub.remote import RemoteFolder
 from adapterpack.hub.snapshot import Digests, Entry, Snapshot, look_up
@@ -21,12 +21,15 @@ __all__ = [
     "Reference",
     "RemoteFolder",
     "Snapshot",
+    "cached_model",
     "credentials",
     "find",
     "implied_base",
     "is_repo",
     "look_up",
     "parse",
+    "scrub",
+    "token",
 ]
 
 

@@ -203,6 +203,9 @@ def translate(e: BaseException, what: str, *, where: str = "", writing: bool = F
             f"cannot reach the Hub for {what}: {_first_line(e)}",
             "look at the network; HF_HUB_OFFLINE=1 uses the cache",
         )
+    if said is None and isinstance(e, ValueError):
+        # The client itself refuses, after it asked the Hub about the card, in several lines.
+        said = f"{what}: {' '.join(str(e).split())[:300]}", None
     if said is None:
         said = f"{what}: {_first_line(e)}", None
     message, hint = said

@@ -1,0 +1,227 @@
+"""An adapter to the Hub: checked, compact, with a card that is true, in one commit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterpack import card, hub, sources
+from adapterpack.check import check
+from adapterpack.errors import HubError, Unhealthy, UsageError
+from adapterpack.hub import upload
+from adapterpack.io.files import OpenFile, read_small
+from adapterpack.limits import CARD_BYTES
+from adapterpack.release import PushedFile
+from adapterpack.staging import Staged, Wish, join, pushed, text_of
+from adapterpack.tensor import chunks
+
+if TYPE_CHECKING:
+    from adapterpack.adapter import Progress
+
+
+@dataclass(frozen=True)
+class Push:
+    """What `push` did, or would do.
+
+    Attributes:
+        repo_id: The repository.
+        revision: The branch; None: the main one.
+        commit: The commit that holds it; None: nothing was pushed.
+        url: The page of the commit; None: nothing was pushed.
+        pull_request: The page of the pull request, where one was asked for.
+        created: Was the repository made for it?
+        changed: Was there anything to commit?
+        method: Of the adapter.
+        encoding: As it is stored there.
+        bytes_in: Of the source's files.
+        bytes_out: Of the files that were pushed.
+        grade: What was lost.
+        max_rel_error: Largest relative error of a module's change.
+        files: What was pushed.
+        left_out: What lies beside the adapter and was not pushed.
+        notes: What the user should know.
+    """
+
+    repo_id: str
+    revision: str | None
+    commit: str | None
+    url: str | None
+    pull_request: str | None
+    created: bool
+    changed: bool
+    method: str
+    encoding: str | None
+    bytes_in: int
+    bytes_out: int
+    grade: str
+    max_rel_error: float
+    files: tuple[PushedFile, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def push(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    path_in_repo: str | None = None,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    with_pack: bool = False,
+    pack_only: bool = False,
+    allow_references: bool = False,
+    include: tuple[str, ...] = (),
+    token: str | None = None,
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    dry_run: bool = False,
+    bars: bool = False,
+    progress: Progress | None = None,
+) -> Push:
+    """Push an adapter to a repository of the Hub.
+
+    Args:
+        source: The adapter; only read. Only config, weights, tokenizer, card and license of it are pushed.
+        repo_id: `org/name`; it is made if it is not there.
+        private: Make it private, if it is made.
+        revision: The branch to push to.
+        create_pr: Open a pull request.
+        path_in_repo: The folder of this adapter among several, as PEFT's `subfolder` and vLLM want it.
+        commit_message: Of the commit.
+        base_model: The base on the Hub, `org/name` or `org/name@commit`; config and card are mended.
+        license: For the card.
+        with_pack: The lossless pack beside the files that PEFT reads.
+        pack_only: The pack alone.
+        allow_references: Push a pack, too, that needs a parent or its base to be unpacked.
+        include: Names of more files to push, with wildcards.
+        token: Of the Hub; None: HF_TOKEN, else the login.
+        dry_run: Say what would be pushed; nothing is sent, and nobody asked.
+        bars: Draw the client's progress bars on stderr.
+
+    Raises:
+        Unhealthy: it has faults; `check` lists them.
+        UsageError: its base is named by a local path, or options exclude each other.
+        HubError: the Hub refuses, or does not answer.
+    """
+    wish = _wish(
+        repo_id, revision, path_in_repo, base_model, license, with_pack, pack_only, allow_references, include
+    )
+    with hub.credentials(token), ExitStack() as stack:
+        place = sources.here(source, subfolder, bars=bars)
+        _refuse_unhealthy(place, subfolder, allow_pickle, progress)
+        stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapterpack-push-")))
+        staged = Staged.of(place, subfolder, allow_pickle, wish, stage, progress)
+        if dry_run:
+            files, notes = staged.with_cards({})
+            return _result(wish, staged, files, None, None, notes)
+        target = upload.prepare(wish.target, private=private, create_pr=create_pr)
+        try:
+            files, notes = staged.with_cards(_cards(target, wish))
+            _refuse_secrets(files)
+            message = commit_message or f"Upload {staged.release.method} adapter with adapterpack"
+            made = upload.commit(target, files, message=message, create_pr=create_pr, bars=bars)
+        except BaseException as e:
+            if target.created:
+                e.add_note(f"interrupted; the repository {repo_id} was made, and nothing was pushed to it")
+            raise
+        return _result(wish, staged, files, target, made, notes)
+
+
+def _wish(
+    repo_id: str,
+    revision: str | None,
+    path_in_repo: str | None,
+    base_model: str | None,
+    license: str | None,
+    with_pack: bool,
+    pack_only: bool,
+    allow_references: bool,
+    include: tuple[str, ...],
+) -> Wish:
+    if with_pack and pack_only:
+        raise UsageError("--with-pack and --pack-only exclude each other")
+    target = hub.parse(repo_id)
+    if target.path or target.revision:
+        raise UsageError(
+            f"REPO_ID is org/name, not {repo_id}", hint="--revision names a branch, --path-in-repo a folder"
+        )
+    if revision is not None:
+        target = target.at(revision)
+    folder = (path_in_repo or "").strip("/")
+    if any(part.startswith(".") for part in folder.split("/") if folder):
+        raise UsageError(f"--path-in-repo {folder}: no part of it may begin with a dot")
+    target = target.below(folder or None)
+    return Wish(target, base_model, license, not pack_only, with_pack or pack_only, allow_references, include)
+
+
+def _refuse_unhealthy(place: Path, subfolder: str | None, allow_pickle: bool, progress: Progress | None) -> None:
+    health = check(place, subfolder=subfolder, allow_pickle=allow_pickle, progress=progress)
+    faults = [f for f in health.findings if not f.warning]
+    if faults:
+        more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+        raise Unhealthy(
+            f"{faults[0].key}: {faults[0].message}{more}; nothing was pushed", hint=f"adapterpack check {place}"
+        )
+
+
+def _cards(target: upload.Target, wish: Wish) -> dict[str, str]:
+    """The cards that the repository has already: what the user wrote there is kept."""
+    folder = wish.target.path
+    snapshot = hub.look_up(target.reference.at(target.head), explicit=True)
+    found = {}
+    for path in dict.fromkeys((card.CARD, join(folder, card.CARD))):
+        if path in snapshot.files:
+            found[path] = text_of(read_small(snapshot.fetch([path]) / path, CARD_BYTES))
+    return found
+
+
+def _refuse_secrets(files: Mapping[str, Path]) -> None:
+    """Raise HubError if the token in use stands in a file that is about to be shown to everybody."""
+    token = (hub.token() or "").encode()
+    if not token:
+        return
+    for path, place in files.items():
+        before = b""
+        with OpenFile(place) as file:
+            for chunk in chunks(file.whole()):
+                if token in before + chunk:
+                    raise HubError(f"{path} holds your token of the Hub; nothing was pushed", hint="remove it there")
+                before = chunk[-len(token) :]
+
+
+def _result(
+    wish: Wish,
+    staged: Staged,
+    files: Mapping[str, Path],
+    target: upload.Target | None,
+    made: upload.Commit | None,
+    notes: tuple[str, ...],
+) -> Push:
+    known = staged.release
+    listed = pushed(files)
+    return Push(
+        repo_id=wish.target.repo,
+        revision=wish.target.revision,
+        commit=None if made is None else made.oid,
+        url=None if made is None else made.url,
+        pull_request=None if made is None else made.pull_request,
+        created=target is not None and target.created,
+        changed=made is not None and target is not None and made.oid != target.head,
+        method=known.method,
+        encoding=known.encoding,
+        bytes_in=known.bytes_in,
+        bytes_out=sum(f.bytes for f in listed),
+        grade=known.grade,
+        max_rel_error=known.error,
+        files=listed,
+        left_out=tuple(staged.left),
+        notes=notes,
+    )
