@@ -63,7 +63,7 @@ def with_fields(text: str, changes: Mapping[str, Any]) -> str:
         InvalidFile: as `fields`.
     """
     old = fields(text)
-    changes = {key: value for key, value in changes.items() if old.get(key) != value}
+    changes = {key: value for key, value in changes.items() if not (key in old and _is(old[key], value))}
     if not changes:
         return text
     front = _FRONT.match(text)
@@ -95,6 +95,10 @@ def section(text: str) -> str:
     """Our part of the card; empty if there is none."""
     begin, end = text.find(_BEGIN), text.find(_END)
     return text[begin + len(_BEGIN) : end].strip() if 0 <= begin < end else ""
+
+
+def _is(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
 
 
 def _parse(block: str) -> dict[str, Any]:
@@ -136,7 +140,8 @@ def _edited(block: str, changes: Mapping[str, Any], line_end: str) -> str:
     starts = [(n, _key(line)) for n, line in enumerate(lines) if _key(line) is not None]
     left = dict(changes)
     result = lines[: starts[0][0]] if starts else lines
-    for (start, key), stop in zip(starts, [*(n for n, _ in starts[1:]), len(lines)], strict=True):
+    ends = [*(n for n, _ in starts[1:]), len(lines)]
+    for (start, key), stop in zip(starts, ends[: len(starts)], strict=True):
         if key not in left:
             result += lines[start:stop]
             continue

@@ -72,7 +72,6 @@ def pull(
     base: str | Path | None = None,
     jobs: int | None = None,
     overwrite: bool = False,
-    bars: bool = False,
     progress: Progress | None = None,
 ) -> Pull:
     """Fetch an adapter from the Hub into a directory.
@@ -88,7 +87,6 @@ def pull(
         token: Of the Hub; None: HF_TOKEN, else the login.
         base: The base model, where a pack takes tensors from it.
         jobs: Threads, to unpack.
-        bars: Draw the client's progress bars on stderr.
 
     Raises:
         HubError: there is no such adapter, it may not be seen, or nobody answers.
@@ -108,14 +106,14 @@ def pull(
             hint = f"pull it into a directory, then compress that to {target.name}"
             raise UsageError(f"{snapshot.reference} is no pack", hint=hint)
         names = _names(wanted, snapshot)
-        top = snapshot.fetch([sources.join(folder, name) for name in wanted], bars=bars)
+        top = snapshot.fetch([sources.join(folder, name) for name in wanted])
         places = {name: top / sources.join(folder, path) for name, path in zip(names, wanted, strict=True)}
         wishes = _Wishes(snapshot, _manifest(snapshot, folder), expect_sha256)
         grade = None
         if packed and not as_pack:
             ((name, place),) = places.items()
             files: tuple[PulledFile, ...] = (wishes.check(name, place),)
-            sources.fetch_parents(snapshot, place, bars=bars)
+            sources.fetch_parents(snapshot, place)
             result = unpack(place, target, base=base, jobs=jobs, overwrite=overwrite, progress=progress)
             size, grade = result.bytes, result.grade
         else:

@@ -83,7 +83,6 @@ def push(
     subfolder: str | None = None,
     allow_pickle: bool = False,
     dry_run: bool = False,
-    bars: bool = False,
     progress: Progress | None = None,
 ) -> Push:
     """Push an adapter to a repository of the Hub.
@@ -104,7 +103,6 @@ def push(
         include: Names of more files to push, with wildcards.
         token: Of the Hub; None: HF_TOKEN, else the login.
         dry_run: Say what would be pushed; nothing is sent, and nobody asked.
-        bars: Draw the client's progress bars on stderr.
 
     Raises:
         Unhealthy: it has faults; `check` lists them.
@@ -115,7 +113,7 @@ def push(
         repo_id, revision, path_in_repo, base_model, license, with_pack, pack_only, allow_references, include
     )
     with hub.credentials(token), ExitStack() as stack:
-        place = sources.here(source, subfolder, bars=bars)
+        place = sources.here(source, subfolder)
         _refuse_unhealthy(place, subfolder, allow_pickle, progress)
         stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adapterpack-push-")))
         staged = Staged.of(place, subfolder, allow_pickle, wish, stage, progress)
@@ -127,10 +125,10 @@ def push(
             files, notes = staged.with_cards(_cards(target, wish))
             _refuse_secrets(files)
             message = commit_message or f"Upload {staged.release.method} adapter with adapterpack"
-            made = upload.commit(target, files, message=message, create_pr=create_pr, bars=bars)
-        except BaseException as e:
-            if target.created:
-                e.add_note(f"interrupted; the repository {repo_id} was made, and nothing was pushed to it")
+            made = upload.commit(target, files, message=message, create_pr=create_pr)
+        except KeyboardInterrupt as e:
+            made_it = f"the repository {repo_id} was made; " if target.created else ""
+            e.add_note(f"{made_it}the commit was on its way: it is in {repo_id} as a whole, or not at all")
             raise
         return _result(wish, staged, files, target, made, notes)
 

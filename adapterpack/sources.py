@@ -21,13 +21,12 @@ from adapterpack.io.files import Folder, OpenFile
 _NOT_FETCHED = {".gitattributes"}
 
 
-def here(source: str | Path, subfolder: str | None = None, *, cached: bool = False, bars: bool = False) -> Path:
+def here(source: str | Path, subfolder: str | None = None, *, cached: bool = False) -> Path:
     """The local path of an adapter; of a reference, that in the Hub's cache, once all that is needed is there.
 
     Args:
         subfolder: Which adapter of several; `open_checkpoint` wants it again.
         cached: Look in the Hub's cache only.
-        bars: Draw progress bars on stderr.
 
     Raises:
         HubError: it cannot be had.
@@ -40,10 +39,10 @@ def here(source: str | Path, subfolder: str | None = None, *, cached: bool = Fal
     place = snapshot.reference.path
     folder = snapshot.reference.below(subfolder).path
     wanted = needed(snapshot, folder)
-    top = snapshot.fetch([join(folder, name) for name in wanted], bars=bars)
+    top = snapshot.fetch([join(folder, name) for name in wanted])
     if any(name.endswith(apack.SUFFIX) for name in wanted):
         pack = next(name for name in wanted if name.endswith(apack.SUFFIX))
-        fetch_parents(snapshot, top / join(folder, pack), bars=bars)
+        fetch_parents(snapshot, top / join(folder, pack))
         return top / join(folder, pack)
     return top / place
 
@@ -100,7 +99,7 @@ def join(folder: str, name: str) -> str:
     return "/".join(part for part in (folder, name) if part)
 
 
-def fetch_parents(snapshot: hub.Snapshot, pack: Path, *, bars: bool = False) -> None:
+def fetch_parents(snapshot: hub.Snapshot, pack: Path) -> None:
     """Have the packs that one is a difference to beside it, as far as the repository has them there."""
     folder = pack.parent.relative_to(snapshot.folder).as_posix().removeprefix(".")
     for _ in range(limits.PARENTS):
@@ -111,7 +110,7 @@ def fetch_parents(snapshot: hub.Snapshot, pack: Path, *, bars: bool = False) -> 
         path = join(folder, parent.name)
         if path not in snapshot.files:
             return
-        pack = snapshot.fetch([path], bars=bars) / path
+        pack = snapshot.fetch([path]) / path
 
 
 def headers(source: str | Path, subfolder: str | None = None, *, opaque: bool = False) -> Checkpoint | None:
@@ -142,7 +141,7 @@ def base(reference: str | Path | None) -> Callable[[], Path] | None:
     return None if reference is None else lambda: base_here(reference)
 
 
-def base_here(source: str | Path, *, bars: bool = False) -> Path:
+def base_here(source: str | Path) -> Path:
     """The directory of a base with its weights: a local one, or that of a repository in the Hub's cache.
 
     What is missing there is fetched: configs, tokenizer, texts and the safetensors shards, nothing else.
@@ -170,7 +169,7 @@ def base_here(source: str | Path, *, bars: bool = False) -> Path:
     start = f"{folder}/" if folder else ""
     texts = [n for n in snapshot.files if n.startswith(start) and _goes_with_base(n[len(start) :])]
     # Files are proven as they arrive; to hash a whole model again and again would take longer than to merge it.
-    top = snapshot.fetch([*texts, *(join(folder, name) for name in wanted)], prove=False, bars=bars)
+    top = snapshot.fetch([*texts, *(join(folder, name) for name in wanted)], prove=False)
     return top / folder
 
 

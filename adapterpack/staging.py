@@ -141,10 +141,9 @@ def _refuse_links(c: Checkpoint, kept: Mapping[str, object]) -> None:
     if c.pack is not None:
         return
     directory = Path(c.name)
-    within = [directory.resolve()]
-    if directory.parent.name == "snapshots":
-        # The Hub's cache: its files are links into the blobs of the same repository.
-        within.append(directory.parent.parent.resolve() / "blobs")
+    # In the Hub's cache all files are links: into the blobs of the repository, or those that repositories share.
+    caches = (parent.parent for parent in directory.parents if parent.name.startswith("models--"))
+    within = [place.resolve() for place in (directory, *caches)]
     named = [source.path for source in kept.values() if isinstance(source, WholeFile)]
     for path in (*named, directory / peft.CONFIG, directory / peft.WEIGHTS):
         if path.is_symlink() and not any(path.resolve().is_relative_to(w) for w in within):

@@ -44,13 +44,14 @@ local_options = options(
 
 
 def token_option(f: F) -> F:
-    """`--token`, in use while the verb runs: no verb sees it, so none can print it."""
+    """`--token`, in use while the verb runs: no verb sees it, so none can print it. And bars for the bytes of the Hub."""
 
     @functools.wraps(f)
     def call(*args: Any, token: str | None, **kwargs: Any) -> Any:
-        from adapterpack.hub.client import credentials
+        from adapterpack.hub import client
 
-        with credentials(token):
+        watched = sys.stderr.isatty() and not (kwargs.get("quiet") or kwargs.get("as_json"))
+        with client.credentials(token), client.bars(watched):
             return f(*args, **kwargs)
 
     said = "Of the Hub, where HF_TOKEN and the login will not do: others may see it in the list of processes."

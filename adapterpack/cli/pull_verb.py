@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from adapterpack.cli import _output as out
@@ -46,7 +44,6 @@ def command(
         base=base,
         jobs=jobs,
         overwrite=overwrite,
-        bars=not (quiet or as_json) and sys.stderr.isatty(),
     )
     if as_json:
         out.print_json("pull", result)

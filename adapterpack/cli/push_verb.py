@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from adapterpack.cli import _output as out
@@ -71,7 +69,6 @@ def command(
             subfolder=subfolder,
             allow_pickle=allow_pickle,
             dry_run=dry_run,
-            bars=not (quiet or as_json) and sys.stderr.isatty(),
             progress=progress,
         )
     if as_json:

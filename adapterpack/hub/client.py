@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from adapterpack.version import __version__
 T = TypeVar("T")
 
 _TOKEN: ContextVar[str | None] = ContextVar("token", default=None)
+_BARS: ContextVar[bool] = ContextVar("bars", default=False)
 _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 """Packages whose exceptions mean that nobody answered."""
 _TRIES = 5
@@ -108,20 +110,49 @@ def offline() -> bool:
 
 @contextlib.contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """Let the client draw its progress bars, or not; its warnings are always left out, for our errors say more."""
-    from huggingface_hub import utils
-
-    level = utils.logging.get_verbosity()
-    hidden = utils.are_progress_bars_disabled()
-    utils.logging.set_verbosity_error()
+    """Let the client draw progress bars of bytes on stderr inside, or not; a library is silent unless it is told."""
+    before = _BARS.set(shown)
     try:
-        if not shown and not hidden:
-            utils.disable_progress_bars()
         yield
     finally:
-        utils.logging.set_verbosity(level)
-        if not shown and not hidden:
-            utils.enable_progress_bars()
+        _BARS.reset(before)
+
+
+class _Muted:
+    """While anybody talks to the Hub: no warnings of the client, for our errors say more; bars if they are wanted.
+
+    These are settings of the whole process: several threads share them, and the last one puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._level, self._hidden = threading.Lock(), 0, 0, False
+
+    def __enter__(self) -> None:
+        from huggingface_hub import utils
+
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._level = utils.logging.get_verbosity()
+            utils.logging.set_verbosity_error()
+            self._hidden = not _BARS.get() and not utils.are_progress_bars_disabled()
+            if self._hidden:
+                utils.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        from huggingface_hub import utils
+
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            utils.logging.set_verbosity(self._level)
+            if self._hidden:
+                utils.enable_progress_bars()
+
+
+muted = _Muted()
 
 
 def ask(what: str, call: Callable[[], T], *, where: str = "", writing: bool = False) -> T:
@@ -138,7 +169,7 @@ def ask(what: str, call: Callable[[], T], *, where: str = "", writing: bool = Fa
     wait = FIRST_WAIT
     for attempt in range(1, _TRIES + 1):
         try:
-            with bars(shown=False):
+            with muted:
                 return call()
         except Exception as e:
             if isinstance(e, AdapterpackError):

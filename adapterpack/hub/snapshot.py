@@ -6,6 +6,7 @@ and compared with what the commit's tree says: SHA-256 of large files, git's SHA
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -66,12 +67,14 @@ class Snapshot:
 
     Attributes:
         reference: With the commit for a revision.
+        asked: The branch or tag that meant this commit; it is found offline by that, too.
         files: Path to entry, of all files of the repository.
     """
 
-    def __init__(self, reference: Reference, files: Mapping[str, Entry]) -> None:
+    def __init__(self, reference: Reference, files: Mapping[str, Entry], asked: str | None = None) -> None:
         self.reference = reference
         self.files = files
+        self._asked = asked
 
     @property
     def commit(self) -> str:
@@ -93,12 +96,11 @@ class Snapshot:
         found = try_to_load_from_cache(self.reference.repo, path, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
-    def fetch(self, paths: Iterable[str], *, prove: bool = True, bars: bool = False) -> Path:
+    def fetch(self, paths: Iterable[str], *, prove: bool = True) -> Path:
         """Have files in the cache, and compare them with their digests.
 
         Args:
             prove: Compare those, too, that were in the cache before.
-            bars: Draw progress bars on stderr.
 
         Returns:
             The directory in the cache that is the top of this commit. What lies in it are links: nobody may write
@@ -113,33 +115,47 @@ class Snapshot:
                 plain_name(part, str(self.reference))
             here = self.cached(path)
             if here is None or (prove and not _is(here, self.files[path])):
-                self._download(path, again=here is not None, bars=bars)
+                self._download(path, again=here is not None)
+        self._remember()
         return self.folder
+
+    def _remember(self) -> None:
+        """Note what the branch or tag means now where the client would, for runs without the network."""
+        if self._asked is None or not self.folder.is_dir():
+            return
+        place = _storage(self.reference.repo) / "refs" / self._asked
+        # A cache that others own is as good without.
+        with contextlib.suppress(OSError):
+            if place.is_file() and place.read_text() == self.commit:
+                return
+            place.parent.mkdir(parents=True, exist_ok=True)
+            new = place.with_name(f"{place.name}.{os.getpid()}.incomplete")
+            new.write_text(self.commit)
+            new.replace(place)
 
     @property
     def folder(self) -> Path:
         """The directory in the cache that is the top of this commit."""
         return _storage(self.reference.repo) / "snapshots" / self.commit
 
-    def _download(self, path: str, *, again: bool, bars: bool) -> None:
+    def _download(self, path: str, *, again: bool) -> None:
         from huggingface_hub import hf_hub_download
 
         what = f"{self.reference.repo}@{self.commit[:12]}/{path}"
         for force in (again, True):
 
             def get(force: bool = force) -> str:
-                with client.bars(bars):
-                    return str(
-                        hf_hub_download(
-                            self.reference.repo,
-                            path,
-                            revision=self.commit,
-                            force_download=force,
-                            token=client.token() or False,
-                            endpoint=client.endpoint(),
-                            library_name="adapterpack",
-                        )
+                return str(
+                    hf_hub_download(
+                        self.reference.repo,
+                        path,
+                        revision=self.commit,
+                        force_download=force,
+                        token=client.token() or False,
+                        endpoint=client.endpoint(),
+                        library_name="adapterpack",
                     )
+                )
 
             if client.offline():
                 raise HubError(
@@ -184,14 +200,14 @@ def look_up(reference: Reference, *, explicit: bool = False, cached: bool = Fals
     if cached or client.offline():
         return _in_cache(reference, where)
     api = client.api()
-    what = str(reference)
+    what, asked = str(reference), None
     if not reference.pinned:
         info = client.ask(what, lambda: api.model_info(reference.repo, revision=reference.revision), where=where)
         commit = str(info.sha)
         if not COMMIT.fullmatch(commit):
             raise HubError(f"{what}: the Hub names no commit")
-        reference = replace(reference, revision=commit)
-    return Snapshot(reference, client.ask(what, lambda: _tree(api, reference), where=where))
+        asked, reference = reference.revision or "main", replace(reference, revision=commit)
+    return Snapshot(reference, client.ask(what, lambda: _tree(api, reference), where=where), asked)
 
 
 def _tree(api: Any, reference: Reference) -> dict[str, Entry]:

@@ -61,7 +61,7 @@ def prepare(reference: Reference, *, private: bool, create_pr: bool) -> Target:
         raise HubError("nothing can be pushed while HF_HUB_OFFLINE is set", hint="unset it")
     api, what = client.api(), str(reference)
     created = False
-    head = _head(api, reference)
+    head = _head(api, reference, private=private)
     if head is None:
         client.ask(
             reference.repo,
@@ -80,13 +80,22 @@ def prepare(reference: Reference, *, private: bool, create_pr: bool) -> Target:
     return Target(reference, head, created)
 
 
-def _head(api: Any, reference: Reference) -> str | None:
-    """The commit of a branch; None: there is no such branch, or no such repository."""
+def _head(api: Any, reference: Reference, *, private: bool = False) -> str | None:
+    """The commit of a branch; None: there is no such branch, or no such repository.
+
+    Args:
+        private: Refuse a repository that everybody can see.
+    """
     from huggingface_hub import errors
 
     def find() -> str | None:
         try:
-            return str(api.model_info(reference.repo, revision=reference.revision).sha)
+            info = api.model_info(reference.repo, revision=reference.revision)
+            if private and info.private is False:
+                raise HubError(
+                    f"{reference.repo} is there already, and public", hint="name another, or hide it first"
+                )
+            return str(info.sha)
         except errors.GatedRepoError:
             raise
         except errors.RevisionNotFoundError:
@@ -97,9 +106,7 @@ def _head(api: Any, reference: Reference) -> str | None:
     return client.ask(str(reference), find, writing=True)
 
 
-def commit(
-    target: Target, files: Mapping[str, Path], *, message: str, create_pr: bool = False, bars: bool = False
-) -> Commit:
+def commit(target: Target, files: Mapping[str, Path], *, message: str, create_pr: bool = False) -> Commit:
     """Make one commit of these files: path in the repository to path here.
 
     A fault on the way is followed by another try, and each try by a look at what is there: an answer that was lost
@@ -112,7 +119,7 @@ def commit(
     what = str(target.reference)
     for attempt in range(1, _TRIES + 1):
         try:
-            return _commit(target, files, message, create_pr=create_pr, over_lfs=over_lfs, bars=bars)
+            return _commit(target, files, message, create_pr=create_pr, over_lfs=over_lfs)
         except Exception as e:
             if isinstance(e, AdapterpackError):
                 raise
@@ -136,13 +143,11 @@ def commit(
     raise AssertionError("unreachable")
 
 
-def _commit(
-    target: Target, files: Mapping[str, Path], message: str, *, create_pr: bool, over_lfs: bool, bars: bool
-) -> Commit:
+def _commit(target: Target, files: Mapping[str, Path], message: str, *, create_pr: bool, over_lfs: bool) -> Commit:
     from huggingface_hub import CommitOperationAdd
 
     with ExitStack() as stack:
-        stack.enter_context(client.bars(bars))
+        stack.enter_context(client.muted)
         # The client sends paths over Xet, and open files over LFS.
         operations = [
             CommitOperationAdd(path, stack.enter_context(place.open("rb")) if over_lfs else str(place))
@@ -160,15 +165,11 @@ def _commit(
 
 
 def _by_xet(e: BaseException) -> bool:
-    """Did the transfer over Xet fail? The client asks for no sign that the other side has it."""
-    seen: BaseException | None = e
-    while seen is not None:
-        if client.status(seen) is not None:
-            return False
-        if "xet" in f"{type(seen).__module__} {type(seen).__name__} {seen}".lower():
-            return True
-        seen = seen.__cause__
-    return False
+    """May the transfer over Xet have failed? The client asks for no sign that the other side has it.
+
+    Its Xet part is the one that raises Python's own exceptions, HTTP errors among them; all else has those of HTTP.
+    """
+    return type(e).__module__ == "builtins" and isinstance(e, ConnectionError | TimeoutError | RuntimeError)
 
 
 def _made(target: Target, files: Mapping[str, Path], e: BaseException) -> Commit | None:

@@ -152,6 +152,10 @@ def check_destination(
     if not parent.is_dir():
         raise WriteFailed(f"{parent} is not a directory", hint=f"mkdir -p {parent}")
     here = destination.resolve()
+    if any(part.startswith("models--") for part in here.parts):
+        raise UsageError(
+            f"{destination} lies in the Hub's cache, whose files others share by links", hint="write somewhere else"
+        )
     for path in (place for p in protected for place in _places(p)):
         if here == path or here in path.parents:
             raise UsageError(f"{destination} is, or holds, the input {path}", hint="write somewhere else")
