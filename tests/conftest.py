@@ -14,6 +14,7 @@ import hypothesis
 import oracle
 import pytest
 import torch
+from hub.fixtures import hub as hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -70,6 +70,8 @@ class Api:
         self.multipart_threshold = 16 << 20
         self.part_size = 8 << 20
         self.unknown: list[Request] = []
+        self.moved: dict[str, str] = {}
+        """New names of repositories that were renamed, by their old ones."""
 
     # Who asks, for what.
 
@@ -96,9 +98,13 @@ class Api:
             owner, name, kind, rest = parts[0], parts[1].removesuffix(".git"), "/".join(parts[2:]), []
         elif len(parts) >= 5 and parts[2] == "resolve":
             owner, name, kind, rest = parts[0], parts[1], "resolve", parts[3:]
+        elif parts[:3] == ["api", "resolve-cache", "models"] and len(parts) >= 7:
+            owner, name, kind, rest = parts[3], parts[4], "resolve-cache", parts[5:]
         else:
             self.unknown.append(request)
             raise Refusal(404, f"The loopback Hub does not know {request.path}")
+        if moved := self.moved.get(f"{owner}/{name}"):
+            raise Refusal(307, "Moved", headers={"Location": request.target.replace(f"{owner}/{name}", moved, 1)})
         method = "GET" if request.method == "HEAD" else request.method
         handler = self._routes().get((method, kind))
         if handler is None:
@@ -129,6 +135,7 @@ class Api:
             ("POST", "info/lfs/objects/batch"): self._batch,
             ("POST", "info/lfs/verify"): self._verify,
             ("GET", "resolve"): self._resolve,
+            ("GET", "resolve-cache"): self._resolve,
         }
 
     def _user(self, request: Request) -> User | None:
@@ -343,7 +350,7 @@ class Api:
     # Downloads.
 
     def _xet_hash(self, entry: Entry) -> str | None:
-        return self.storage.xet_hashes.get(entry.sha256) if self.xet and entry.lfs else None
+        return self.storage.xet_hash(entry.sha256) if self.xet and entry.lfs else None
 
     def _resolve(self, call: Call) -> Reply:
         self._open(call)
@@ -353,20 +360,23 @@ class Api:
         if entry is None:
             raise Refusal(404, "Entry not found", "EntryNotFound", headers)
         if not entry.lfs:
-            headers["ETag"] = f'"{entry.oid}"'
-            headers["Content-Disposition"] = f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1])};"
-            blobs = self.store.blobs
-            return ranged(call.request, entry.size, lambda a, b: blobs.read(entry.sha256, a, b), headers)
-        headers |= {
-            "X-Linked-Size": str(entry.size),
-            "X-Linked-ETag": f'"{entry.sha256}"',
-            "Location": self.storage.signed(f"/objects/{entry.sha256}"),
-        }
+            return self._regular(call, head.oid, path, entry)
+        headers |= _linked(entry) | {"Location": self.storage.signed(f"/objects/{entry.sha256}")}
         if xet_hash := self._xet_hash(entry):
             headers["X-Xet-Hash"] = xet_hash
             token = f"{self.url}/api/models/{call.repo.id}/xet-read-token/{head.oid}"
             headers["Link"] = f'<{token}>; rel="xet-auth"'
         return Reply(302, b"Found. Redirecting to the storage.", headers)
+
+    def _regular(self, call: Call, commit: str, path: str, entry: Entry) -> Reply:
+        """A file in git itself: the Hub sends the client on to an address on its own host."""
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.oid}"'}
+        if not call.request.path.startswith("/api/resolve-cache/"):
+            location = f"/api/resolve-cache/models/{call.repo.id}/{commit}/{quote(path)}"
+            return Reply(307, b"Temporary Redirect.", headers | _linked(entry) | {"Location": location})
+        headers["Content-Disposition"] = f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1])};"
+        blobs = self.store.blobs
+        return ranged(call.request, entry.size, lambda a, b: blobs.read(entry.sha256, a, b), headers)
 
     def _xet_token(self, call: Call) -> Reply:
         if not self.xet:
@@ -532,6 +542,10 @@ class Api:
             for pull in pulls
         ]
         return as_json(told[0] if call.rest else {"count": len(told), "start": 0, "discussions": told})
+
+
+def _linked(entry: Entry) -> dict[str, str]:
+    return {"X-Linked-Size": str(entry.size), "X-Linked-ETag": f'"{entry.etag}"'}
 
 
 def _ignore(text: str | None) -> Callable[[str], bool]:

@@ -180,14 +180,13 @@ class Faults:
     def take(self, request: Request) -> Fault | None:
         """The fault for this request, counted."""
         with self._lock:
-            for fault in self._all:
-                if not fault.matches(request):
-                    continue
+            matching = [fault for fault in self._all if fault.matches(request)]
+            for fault in matching:
                 fault.seen += 1
-                if fault.seen <= fault.after or (fault.times is not None and fault.hits >= fault.times):
-                    continue
-                fault.hits += 1
-                return fault
+            for fault in matching:
+                if fault.seen > fault.after and (fault.times is None or fault.hits < fault.times):
+                    fault.hits += 1
+                    return fault
         return None
 
 

@@ -38,7 +38,8 @@ class LoopbackHub:
     token, read_token, outsider_token: of the user (may write, save in the namespace `stranger`), of the same user
         with the role read, and of somebody who owns the namespace `stranger` alone.
     requests, faults, leaks: every request; faults to come; requests that carried a token of the Hub to the storage.
-    xet: whether Xet is there (else its token endpoint answers 404 and no file has a Xet hash).
+    xet: whether Xet is there, as on the Hub, for all files that are not in git itself. Else its token endpoint
+        answers 404 and no file has a Xet hash.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -160,6 +161,12 @@ class LoopbackHub:
             commit = self._store.commit(repo, head, tree, message, self.user)
             repo.move(revision, commit.oid)
             return commit.oid
+
+    def rename(self, repo_id: str, name: str) -> None:
+        """The old name then redirects to the new one."""
+        repo = self._store.repos.pop(repo_id)
+        repo.id = name
+        self._store.repos[name], self._api.moved[repo_id] = repo, name
 
     def branch(self, repo_id: str, name: str, revision: str = "main") -> None:
         repo = self._repo(repo_id)
