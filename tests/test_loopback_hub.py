@@ -21,6 +21,7 @@ from huggingface_hub import (
     HfApi,
     HfFileSystem,
     get_hf_file_metadata,
+    get_token,
     hf_hub_download,
     hf_hub_url,
     snapshot_download,
@@ -249,6 +250,18 @@ def test_ranges(hub: LoopbackHub) -> None:
         assert f.read(20) == data[9000:9020]
 
 
+def test_a_file_larger_than_the_disk(hub: LoopbackHub) -> None:
+    hub.create("me/a")
+    hub.commit_hole("me/a", "w.safetensors", b"header", 100 << 30)
+    hub.requests.clear()
+    with HfFileSystem().open("me/a/w.safetensors", block_size=1 << 16) as f:
+        assert f.size == 100 << 30
+        assert f.read(7) == b"header\0"
+        f.seek(90 << 30)
+        assert f.read(2) == b"\0\0"
+    assert hub.sent(host="storage") < 300_000
+
+
 @pytest.mark.parametrize("token", ["none", "outsider"])
 def test_who_may_see_what(hub: LoopbackHub, token: str) -> None:
     hub.create("me/private", {"a.txt": b"1"}, private=True)
@@ -353,6 +366,14 @@ def test_commits_that_are_refused(hub: LoopbackHub) -> None:
     assert len(hub.commits("me/a")) == 2
 
 
+@pytest.mark.parametrize("lfs", [True, False])
+def test_a_small_binary_file(hub: LoopbackHub, lfs: bool) -> None:
+    hub.create("me/a")
+    hub.binary_is_lfs = lfs
+    api(hub).create_commit("me/a", add(a__apack=b"\0\1"), commit_message="m")
+    assert hub.is_lfs("me/a", "a.apack") == lfs
+
+
 def test_the_storage_checks_bytes_and_signatures(hub: LoopbackHub) -> None:
     hub.create("me/a", {"w.bin": b"0123"})
     oid = hashlib.sha256(b"right").hexdigest()
@@ -392,6 +413,15 @@ def test_a_download_goes_on_where_it_broke_off(hub: LoopbackHub, monkeypatch: py
     start = int((second.range or "").removeprefix("bytes=").removesuffix("-"))
     assert 0 < start <= 900_000
     assert second.sent == len(NOISE) - start
+
+
+def test_a_small_file_that_breaks_off_or_is_corrupt(hub: LoopbackHub) -> None:
+    """Redirects on the way are let through, and asking for metadata too: a file's name is enough to match it."""
+    hub.create("me/a", {"a.json": b"0123456789", "b.json": b"9876543210"})
+    faults = hub.faults.drop(4, "a.json"), hub.faults.corrupt("b.json")
+    assert Path(hf_hub_download("me/a", "a.json")).read_bytes() == b"0123456789"
+    assert Path(hf_hub_download("me/a", "b.json")).read_bytes() == b"\xc6876543210"
+    assert [f.hits for f in faults] == [1, 1]
 
 
 @pytest.mark.parametrize("xet", [True, False])
@@ -491,6 +521,23 @@ def test_peft_loads_from_it(hub: LoopbackHub, workshop: Workshop) -> None:
     assert all(torch.equal(there[k], here[k]) for k in here)
     fetched = {r.path.rsplit("/", 1)[-1] for r in hub.asked(path="me/adapter/resolve")}
     assert fetched == set(names)
+
+
+def test_the_token_of_the_environment(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create("me/a", {"a.txt": b"1"}, private=True)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hf_hub_download("me/a", "a.txt")
+    assert {r.bearer for r in hub.requests} == {hub.token}
+    monkeypatch.delenv("HF_TOKEN")
+    assert get_token() is None
+
+
+def test_a_hub_that_is_gone(tmp_path: Path) -> None:
+    with LoopbackHub(tmp_path) as hub:
+        assert get_session().get(f"{hub.url}/x").status_code == 404
+        assert [r.path for r in hub.unknown] == ["/x"]
+    with pytest.raises(httpx2.TransportError):
+        get_session().get(f"{hub.url}/x")
 
 
 def test_a_process_of_its_own(hub: LoopbackHub) -> None:

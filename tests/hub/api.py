@@ -361,7 +361,7 @@ class Api:
             raise Refusal(404, "Entry not found", "EntryNotFound", headers)
         if not entry.lfs:
             return self._regular(call, head.oid, path, entry)
-        headers |= _linked(entry) | {"Location": self.storage.signed(f"/objects/{entry.sha256}")}
+        headers |= _linked(entry) | {"Location": self.storage.signed(f"/objects/{entry.sha256}", path)}
         if xet_hash := self._xet_hash(entry):
             headers["X-Xet-Hash"] = xet_hash
             token = f"{self.url}/api/models/{call.repo.id}/xet-read-token/{head.oid}"

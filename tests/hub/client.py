@@ -27,9 +27,9 @@ from hub.server import LoopbackHub
 def point_client(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, **more: str) -> None:
     """Sets the environment and the imported client's constants to `hub.env()` and `more` (HF_HUB_OFFLINE="1")."""
     # Imported before anything is set: what is first imported under a test's settings would keep them afterwards.
-    for module in ("constants", "hf_api", "hf_file_system", "utils._xet"):
-        importlib.import_module(f"huggingface_hub.{module}")
-    constants = sys.modules["huggingface_hub.constants"]
+    for part in ("hf_api", "hf_file_system", "utils._xet"):
+        importlib.import_module(f"huggingface_hub.{part}")
+    constants = importlib.import_module("huggingface_hub.constants")
     for name in hub.cleared:
         monkeypatch.delenv(name, raising=False)
     for name, value in (hub.env() | more).items():
@@ -41,7 +41,7 @@ def point_client(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, **more: str)
             continue
         monkeypatch.setattr(constants, name, value)
         for module in _modules():
-            if module is not constants and vars(module).get(name) == old:
+            if module is not constants and name in vars(module) and vars(module)[name] == old:
                 monkeypatch.setattr(module, name, value)
     _let_go(monkeypatch, hub.url)
 

@@ -185,7 +185,8 @@ def reconstruction(file: File, xorbs: dict[str, Xorb], url: str, span: tuple[int
 
     Returns None if the span lies behind the file's end.
     """
-    terms, offset, at = [], 0, 0
+    terms: list[Term] = []
+    offset = at = 0
     for term in file.terms:
         if span is None or (at + term.size > span[0] and at <= span[1]):
             if not terms and span is not None:
