@@ -417,7 +417,9 @@ class Api:
             raise Refusal(422, "Only uploads by sha256")
         objects = [self._upload_of(call, thing) for thing in call.json.get("objects", [])]
         multi = any("chunk_size" in o.get("actions", {}).get("upload", {}).get("header", {}) for o in objects)
-        answer = {"transfer": "multipart" if multi else "basic", "objects": objects}
+        # Clients before 2.0 leave it to the Hub whether they upload through Xet.
+        xet = self.xet and "xet" in call.json.get("transfers", [])
+        answer = {"transfer": "xet" if xet else "multipart" if multi else "basic", "objects": objects}
         return as_json(answer, headers={"Content-Type": "application/vnd.git-lfs+json"})
 
     def _upload_of(self, call: Call, thing: dict[str, Any]) -> dict[str, Any]:

@@ -205,8 +205,8 @@ class Store:
     def wants_lfs(self, repo: Repo, revision: str, path: str, size: int, sample: bytes) -> bool:
         """Large, or named in the revision's .gitattributes, or binary.
 
-        The last is a guess, and can be turned off: what the Hub does with a small binary file that no rule names could
-        not be measured.
+        The last is a guess, and can be turned off: what the Hub does with a small binary file that no rule names
+        could not be measured.
         """
         if size > self.lfs_threshold or (self.binary_is_lfs and b"\0" in sample):
             return True

@@ -76,7 +76,7 @@ class Storage:
     # Requests.
 
     def answer(self, request: Request, body: bytes) -> Reply:
-        if request.path.startswith(("/v1/", "/v2/")):
+        if request.path.startswith(("/v1/", "/v2/", "/reconstructions/")):
             return self._cas(request, body)
         if request.path.startswith("/xorbs/"):
             return self._xorb(request)
@@ -111,7 +111,8 @@ class Storage:
             return self._put_xorb(found[1], body)
         if request.path == "/v1/shards" and write:
             return self._put_shard(body)
-        if found := re.fullmatch(r"/(v[12])/reconstructions/([0-9a-f]{64})", request.path):
+        # Clients of 2025 ask without a version.
+        if found := re.fullmatch(r"(?:/(v[12]))?/reconstructions/([0-9a-f]{64})", request.path):
             return self._reconstruct(request, found[2], found[1] == "v2")
         # Global dedup, grants, the newer form of shards, telemetry: the client goes on without them.
         raise Refusal(404, "Not Found")
