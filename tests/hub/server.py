@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from hub.api import STRANGER, Api, User
+from hub.access import STRANGER, User
+from hub.api import Api
 from hub.exchange import Fault, Faults, Host, Refusal, Reply, Request
 from hub.state import Commit, Pull, Repo, Store
 from hub.storage import Storage
