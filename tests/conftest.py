@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import hypothesis
 import oracle
 import pytest
 import torch
+from hub.client import point_client
+from hub.fixtures import hub as hub
 from hub.server import LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,8 +23,6 @@ from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)
 # What numpy was seen to do on this machine is tried anew, and the user's own record left alone.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="adapterpack-cache-")
-# Xet reads this once in a process.
-os.environ["HF_XET_CACHE"] = os.environ["XDG_CACHE_HOME"] + "/xet"
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 
@@ -135,27 +135,11 @@ def files() -> Files:
 
 
 @pytest.fixture
-def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A Hub of this test's own; this process talks to it and to no other, with a token that may write, without waits.
-
-    The client reads the environment when it is imported, so its constants are set instead.
-    """
-    import huggingface_hub.file_download as file_download
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
+def loopback(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """A Hub of this test's own that this process talks to, with a token that may write, without our waits."""
     from adapterpack.hub import client
 
-    with LoopbackHub(tmp_path / "hub") as hub:
-        close_session()
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for module in (constants, file_download):
-            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
-                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        yield hub
-        close_session()
+    point_client(monkeypatch, hub, HF_HUB_CACHE=str(tmp_path / "cache"))
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    return hub

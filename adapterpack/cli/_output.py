@@ -44,7 +44,7 @@ local_options = options(
 
 
 def token_option(f: F) -> F:
-    """`--token`, in use while the verb runs: no verb sees it, so none can print it. And bars for the bytes of the Hub."""
+    """`--token`, in use while the verb runs: no verb sees it, so none can print it. And bars for bytes, if watched."""
 
     @functools.wraps(f)
     def call(*args: Any, token: str | None, **kwargs: Any) -> Any:

@@ -83,17 +83,24 @@ def ranged(request: Request, size: int, read: Callable[[int, int], bytes], heade
     """The whole of a file, or the one range that was asked for (`read(start, stop)` gives bytes)."""
     common = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
     if request.range is None:
-        return Reply(200, read(0, size), common)
+        return Reply(200, _bounded(read, 0, size), common)
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", request.range.strip())
     if found is None or not any(found.groups()):
         # Several ranges, or nonsense: a server may ignore the header.
-        return Reply(200, read(0, size), common)
+        return Reply(200, _bounded(read, 0, size), common)
     first, last = found.groups()
     start = int(first) if first else max(0, size - int(last))
     stop = min(size, int(last) + 1) if first and last else size
     if start >= size or stop <= start:
         raise Refusal(416, "Requested range not satisfiable", headers={"Content-Range": f"bytes */{size}"})
-    return Reply(206, read(start, stop), {**common, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+    return Reply(206, _bounded(read, start, stop), {**common, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+
+
+def _bounded(read: Callable[[int, int], bytes], start: int, stop: int) -> bytes:
+    """A large file may be a hole in the disk: nobody should ask for all of it."""
+    if stop - start > 1 << 30:
+        raise ValueError(f"{stop - start} bytes at once: no test means to do that")
+    return read(start, stop)
 
 
 @dataclass
@@ -116,6 +123,10 @@ class Fault:
     hits: int = 0
     seen: int = 0
 
+    @property
+    def of_body(self) -> bool:
+        return self.cut is not None or self.corrupt is not None
+
     def matches(self, request: Request) -> bool:
         return (
             (self.method is None or self.method == request.method)
@@ -124,11 +135,17 @@ class Fault:
         )
 
 
+_NONE = Fault()
+
+
 class Faults:
     """Faults to come. `on` is a regular expression that is searched for in the request's path and query.
 
     All methods take `on`, `method`, `host`, `times` (None: for ever) and `after` (requests let through first), and
-    return the `Fault`, whose `hits` counts the requests that it met. Only the first fault that matches is applied.
+    return the `Fault`, whose `hits` counts the requests that it met. Of several that match, the first is applied.
+
+    Where a file's bytes come from: `/api/resolve-cache/…/NAME` for what is in git itself, `/objects/…&filename=NAME`
+    for LFS through plain HTTP, `/xorbs/` for Xet. Uploads go to `/upload/` (LFS), `/v1/xorbs/`, `/v1/shards` (Xet).
     """
 
     def __init__(self) -> None:
@@ -162,32 +179,36 @@ class Faults:
         return self.add(Fault(on=on, lose=True, **match))
 
     def drop(self, sent: int, on: str = "", **match: Any) -> Fault:
-        """The connection is closed after so many bytes of the answer's body."""
-        return self.add(Fault(on=on, cut=sent, **match))
+        """A download (a GET that is answered with a body) is cut off after so many bytes."""
+        return self.add(Fault(on=on, cut=sent, **{"method": "GET", **match}))
 
     def drop_upload(self, received: int, on: str = "", **match: Any) -> Fault:
         """The connection is closed after so many bytes of the request's body were read; the work is not done."""
         return self.add(Fault(on=on, cut_upload=received, **match))
 
     def corrupt(self, on: str = "", at: int = 0, **match: Any) -> Fault:
-        """The byte `at` of the answer's body is another one; its size stays. Meant for downloads."""
-        return self.add(Fault(on=on, corrupt=at, **match))
+        """In a download (a GET that is answered with a body) the byte `at` is another one; the size stays."""
+        return self.add(Fault(on=on, corrupt=at, **{"method": "GET", **match}))
 
     def clear(self) -> None:
         with self._lock:
             self._all.clear()
 
+    def spare(self, fault: Fault) -> None:
+        """Takes a hit back."""
+        with self._lock:
+            fault.hits -= 1
+
     def take(self, request: Request) -> Fault | None:
         """The fault for this request, counted."""
         with self._lock:
-            for fault in self._all:
-                if not fault.matches(request):
-                    continue
+            matching = [fault for fault in self._all if fault.matches(request)]
+            for fault in matching:
                 fault.seen += 1
-                if fault.seen <= fault.after or (fault.times is not None and fault.hits >= fault.times):
-                    continue
-                fault.hits += 1
-                return fault
+            for fault in matching:
+                if fault.seen > fault.after and (fault.times is None or fault.hits < fault.times):
+                    fault.hits += 1
+                    return fault
         return None
 
 
@@ -203,7 +224,7 @@ class Exchange(BaseHTTPRequestHandler):
     def handle_one(self) -> None:
         request = Request(self.server.name, self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         self.server.record(request)
-        fault = self.server.faults.take(request) or Fault()
+        fault = self.server.faults.take(request) or _NONE
         body = self._body(fault.cut_upload)
         if body is None or fault.hang_up:
             return self._hang_up()
@@ -219,6 +240,10 @@ class Exchange(BaseHTTPRequestHandler):
             reply = as_json({"error": repr(error)}, 500)
         if fault.lose:
             return self._hang_up()
+        if fault.of_body and reply.status not in (200, 206):
+            # A redirect on the way to the file: the fault is meant for the file.
+            self.server.faults.spare(fault)
+            fault = _NONE
         return self._send(request, reply, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one
@@ -236,8 +261,9 @@ class Exchange(BaseHTTPRequestHandler):
             self.end_headers()
             if self.command != "HEAD":
                 sent = body if fault.cut is None else body[: fault.cut]
-                self.wfile.write(sent)
+                # Before they are written: the client may have them all, and a test look, before we go on.
                 request.sent = len(sent)
+                self.wfile.write(sent)
             self.wfile.flush()
             if fault.cut is not None and fault.cut < len(body):
                 self._hang_up()
@@ -294,6 +320,7 @@ class Host(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Exchange)
         self.name, self.answer, self.record, self.faults = name, answer, record, faults
         self.errors: list[Exception] = []
+        self._open: set[socket.socket] = set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         # A short poll: `shutdown` waits for one, and there is a Hub per test.
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), name=name, daemon=True)
@@ -302,9 +329,22 @@ class Host(ThreadingHTTPServer):
         self._thread.start()
 
     def stop(self) -> None:
+        """No more answers, on connections that are kept alive either."""
         self.shutdown()
         self.server_close()
         self._thread.join()
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._open.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, *_: Any) -> None:
         """A client that went away, in the middle of a line or of a body, is no news."""

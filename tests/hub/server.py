@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from hub.api import STRANGER, Api, User
+from hub.access import STRANGER, User
+from hub.api import Api
 from hub.exchange import Fault, Faults, Host, Refusal, Reply, Request
 from hub.state import Commit, Pull, Repo, Store
 from hub.storage import Storage
@@ -38,7 +39,8 @@ class LoopbackHub:
     token, read_token, outsider_token: of the user (may write, save in the namespace `stranger`), of the same user
         with the role read, and of somebody who owns the namespace `stranger` alone.
     requests, faults, leaks: every request; faults to come; requests that carried a token of the Hub to the storage.
-    xet: whether Xet is there (else its token endpoint answers 404 and no file has a Xet hash).
+    xet: whether Xet is there, as on the Hub, for all files that are not in git itself. Else its token endpoint
+        answers 404 and no file has a Xet hash.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -110,8 +112,21 @@ class LoopbackHub:
     def xet(self, there: bool) -> None:
         self._api.xet = there
 
+    @property
+    def binary_is_lfs(self) -> bool:
+        """Whether small binary files go through LFS that no rule of .gitattributes names: servers differ."""
+        return self._store.binary_is_lfs
+
+    @binary_is_lfs.setter
+    def binary_is_lfs(self, value: bool) -> None:
+        self._store.binary_is_lfs = value
+
     def break_xet(self, status: int = 403) -> Fault:
-        """Xet is announced and its tokens are given out, but the CAS answers everything with `status`."""
+        """Xet is announced and its tokens are given out, but the CAS answers everything with `status`.
+
+        After a status that may pass (5xx, 429) the client tries for minutes, unless its environment has
+        HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="2" and HF_XET_CLIENT_RETRY_BASE_DELAY="100ms".
+        """
         return self.faults.status(status, r"^/v[12]/(?!telemetry)", host="storage", times=None)
 
     def set_limits(
@@ -137,6 +152,7 @@ class LoopbackHub:
 
         Paths and cards are not checked: a test may place what the Hub would refuse.
         """
+        assert not self.exists(repo_id), f"{repo_id} is there already"
         with self._store.lock:
             repo = self._store.create(repo_id, private, gated, self.user)
         return self.commit(repo_id, files) if files else repo.branches["main"]
@@ -160,6 +176,27 @@ class LoopbackHub:
             commit = self._store.commit(repo, head, tree, message, self.user)
             repo.move(revision, commit.oid)
             return commit.oid
+
+    def commit_hole(self, repo_id: str, path: str, beginning: bytes, size: int) -> str:
+        """A commit with a file of any size that is zeros behind its beginning (a header); its hash.
+
+        It can be read by ranges of up to 1 GiB. Its digest is made up and it is not in Xet, which would read it all.
+        """
+        with self._store.lock:
+            repo = self._repo(repo_id)
+            name = self._store.blobs.put_hole(beginning, size)
+            self._storage.holes.add(name)
+            head = repo.head("main")
+            tree = {**head.tree, path: self._store.lfs_entry(name, size)}
+            commit = self._store.commit(repo, head, tree, "placed by the test", self.user)
+            repo.move("main", commit.oid)
+            return commit.oid
+
+    def rename(self, repo_id: str, name: str) -> None:
+        """The old name then redirects to the new one."""
+        repo = self._store.repos.pop(repo_id)
+        repo.id = name
+        self._store.repos[name], self._api.moved[repo_id] = repo, name
 
     def branch(self, repo_id: str, name: str, revision: str = "main") -> None:
         repo = self._repo(repo_id)
@@ -204,6 +241,10 @@ class LoopbackHub:
             for r in list(self.requests)
             if method in (None, r.method) and path in r.target and host in (None, r.host)
         ]
+
+    def sent(self, path: str = "", host: str | None = None) -> int:
+        """Bytes that went out in answers so far, headers not counted."""
+        return sum(r.sent for r in self.asked(path=path, host=host))
 
     # Inside.
 

@@ -123,6 +123,14 @@ class Blobs:
             scratch.replace(self.directory / name)
         return name
 
+    def put_hole(self, beginning: bytes, size: int) -> str:
+        """A file that is zeros behind its beginning and takes no room. Its name is no digest of it."""
+        name = hashlib.sha256(b"hole %d " % size + beginning).hexdigest()
+        with (self.directory / name).open("wb") as f:
+            f.write(beginning)
+            f.truncate(size)
+        return name
+
     def has(self, sha256: str) -> bool:
         return (self.directory / sha256).exists()
 
@@ -143,6 +151,7 @@ class Store:
         self.repos: dict[str, Repo] = {}
         self.lock = threading.RLock()
         self.lfs_threshold = 10_000_000
+        self.binary_is_lfs = True
         self._ticks = 0
 
     def now(self) -> str:
@@ -183,7 +192,7 @@ class Store:
         date = self.now()
         told = [repo.id, parent and parent.oid, title, description, date, {k: v.oid for k, v in sorted(tree.items())}]
         oid = hashlib.sha1(json.dumps(told).encode()).hexdigest()
-        commit = Commit(oid, parent and parent.oid, title, description, date, author, dict(tree))
+        commit = Commit(oid, parent.oid if parent else None, title, description, date, author, dict(tree))
         repo.commits[oid] = commit
         return commit
 
@@ -196,9 +205,10 @@ class Store:
     def wants_lfs(self, repo: Repo, revision: str, path: str, size: int, sample: bytes) -> bool:
         """Large, or named in the revision's .gitattributes, or binary.
 
-        The last is a guess: what the Hub does with a small binary file that no rule names could not be measured.
+        The last is a guess, and can be turned off: what the Hub does with a small binary file that no rule names
+        could not be measured.
         """
-        if size > self.lfs_threshold or b"\0" in sample:
+        if size > self.lfs_threshold or (self.binary_is_lfs and b"\0" in sample):
             return True
         rules = repo.head(revision).tree.get(".gitattributes")
         text = self.blobs.read(rules.sha256).decode("utf-8", "replace") if rules else ""

@@ -61,6 +61,15 @@ class Xorb:
             raise Malformed("a chunk is cut off, or there is none")
         return cls(data, tuple(offsets))
 
+    @classmethod
+    def of(cls, data: bytes, size: int = 1 << 16) -> Xorb:
+        """Plain chunks of an equal size."""
+        out = bytearray()
+        for at in range(0, len(data), size):
+            length = len(data[at : at + size]).to_bytes(3, "little")
+            out += b"\0" + length + b"\0" + length + data[at : at + size]
+        return cls.parse(bytes(out))
+
     def decoded(self, start: int, stop: int) -> bytes:
         if not 0 <= start < stop < len(self.offsets):
             raise Malformed(f"no chunks {start} to {stop}")
@@ -176,7 +185,8 @@ def reconstruction(file: File, xorbs: dict[str, Xorb], url: str, span: tuple[int
 
     Returns None if the span lies behind the file's end.
     """
-    terms, offset, at = [], 0, 0
+    terms: list[Term] = []
+    offset = at = 0
     for term in file.terms:
         if span is None or (at + term.size > span[0] and at <= span[1]):
             if not terms and span is not None:
