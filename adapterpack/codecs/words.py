@@ -41,7 +41,7 @@ def unrotate(x: Array) -> Array:
 
 def narrow(x: Array) -> Array:
     """The upper halves of 4-byte words whose lower halves are zero: bf16 values in an fp32 file."""
-    return x.view("<u2")[1::2]
+    return np.ascontiguousarray(x.view("<u2")[1::2])
 
 
 def widen(x: Array) -> Array:
