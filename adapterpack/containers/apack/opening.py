@@ -86,7 +86,7 @@ def _open_parent(
     if wanted is None:
         raise InvalidFile(f"{path} takes tensors from a parent that it does not name")
     for place in _places(path, wanted, given):
-        if not place.exists():
+        if not place.is_file() and not (place / peft.CONFIG).is_file():
             continue
         opened = opener(place, parent=given, base=base, depth=depth + 1)
         stack.callback(opened.close)
@@ -96,7 +96,7 @@ def _open_parent(
         f"{path} is stored as the difference to its parent {wanted.name!r}, which is not "
         + (f"{given}" if given else "beside it")
         + f" (tensor file with SHA-256 {wanted.sha256[:16]}...)",
-        hint=f"put {wanted.name} beside the pack, or name it with --parent",
+        hint=f"put {wanted.name} beside the pack; `unpack --parent` takes it from elsewhere",
     )
 
 
@@ -190,7 +190,8 @@ def _metadata(pack: Pack, weights: int) -> dict[str, str]:
     if content.header is None:
         return dict(content.metadata or ())
     try:
-        found = json.loads(pack.header(weights)[8:]).get(safetensors.METADATA, {})
+        header = pack.header(weights)
+        found = json.loads(header.read(8, header.nbytes)).get(safetensors.METADATA, {})
         return {str(k): str(v) for k, v in found.items()}
     except (ValueError, AttributeError, RecursionError) as e:
         raise Unsupported(f"{pack.name}: the header of its tensor file cannot be read: {e}") from e

@@ -187,16 +187,15 @@ class Pack:
             case InStream():
                 return Stored(self._streams, self.layout.files[n])
             case Tensors():
-                return Joined([Memory(self.header(n)), *(t.source for t in self.tensors.values())])
+                return Joined([self.header(n), *(t.source for t in self.tensors.values())])
 
-    def header(self, n: int) -> bytes:
+    def header(self, n: int) -> Source:
         """The header of a safetensors file, length bytes included."""
         content = self.manifest.files[n].content
         assert isinstance(content, Tensors)
         if content.header is None:
-            return layout.header_of(content, self.manifest.tensors)
-        stored = Stored(self._streams, self.layout.headers[n])
-        return stored.read(0, stored.nbytes)
+            return Memory(layout.header_of(content, self.manifest.tensors))
+        return Stored(self._streams, self.layout.headers[n])
 
     def prove(self) -> None:
         """Read every frame and every file, and compare with the digests.
@@ -205,12 +204,13 @@ class Pack:
             InvalidFile: something does not agree.
         """
         for file in self.manifest.files:
-            self.check_file(file.path, hashlib.sha256(), chunks(self.files[file.path]))
+            self.check_file(file.path, chunks(self.files[file.path]))
         for stream in self._streams:
             stream.prove()
 
-    def check_file(self, path: str, h: hashlib._Hash, parts: Iterator[bytes]) -> None:
+    def check_file(self, path: str, parts: Iterator[bytes]) -> None:
         """Hash a restored file and compare. Raises InvalidFile."""
+        h = hashlib.sha256()
         for part in parts:
             h.update(part)
         wanted = next(f.sha256 for f in self.manifest.files if f.path == path)
