@@ -17,23 +17,39 @@ from pathlib import Path
 SECONDS = 120
 
 _PROGRAM = """
-import contextlib, ctypes, importlib, inspect, io, json, os, shutil, signal, subprocess, sys, types
+import contextlib, ctypes, faulthandler, importlib, inspect, io, json, os, shutil, signal, subprocess, sys, types
 from concurrent.futures import Executor, Future
+faulthandler.dump_traceback_later(180, exit=True)  # until it is ready: whoever waits for it would wait for ever
 import torch
 torch.set_num_threads(1)
 from adapterpack.cli import main
 
+class Later(Future):
+    def __init__(self, work, args):
+        super().__init__()
+        self._todo = work, args
+    def run(self):
+        work, args = self._todo
+        if not self.done() and self.set_running_or_notify_cancel():
+            try:
+                self.set_result(work(*args))
+            except BaseException as e:
+                self.set_exception(e)
+    def result(self, timeout=None):
+        self.run()
+        return super().result()
+
 class Here(Executor):
-    # What threads would do, at once and in the thread that strace watches: the n-th call is always the same one.
+    # What threads would do, when somebody asks for it and in the thread that strace watches: the n-th call is
+    # always the same one.
     def __init__(self, *_):
-        pass
+        self._todo = []
     def submit(self, work, /, *args):
-        done = Future()
-        try:
-            done.set_result(work(*args))
-        except BaseException as e:
-            done.set_exception(e)
-        return done
+        self._todo.append(Later(work, args))
+        return self._todo[-1]
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        for later in self._todo:
+            later.cancel() if cancel_futures else later.run()
 
 def functions(module):
     for thing in vars(module).values():
@@ -57,6 +73,7 @@ def mutate(name, source):
 def child(ready, argv, out, err, traced, mutant, blind):
     for path, fd in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
+    signal.alarm(60)
     if mutant:
         mutate(*mutant)
     if blind:
@@ -86,6 +103,7 @@ for argv in json.loads(sys.argv[1]):
             main()
     except SystemExit as e:
         assert not e.code, argv
+faulthandler.cancel_dump_traceback_later()
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)

@@ -262,7 +262,7 @@ def test_everything_is_durable_before_it_is_named_and_the_name_before_success(nu
 def _check_order(lines: list[str], job: Job) -> None:
     """write* < fsync(file) < fsync(its directory) < rename < fsync(parent), for every file of the result.
 
-    What becomes or comes from a pack is read back whole between its fsync and the rename.
+    A pack is read back whole between its fsync and the rename, a file that comes from one after its last write.
     """
     stage = re.compile(re.escape(str(job.target.parent)) + r"/\.adapterpack-(?:new|part)-[^/>\"]*\.tmp")
     renames = [
@@ -292,7 +292,8 @@ def _check_order(lines: list[str], job: Job) -> None:
         assert len(syncs) == 1 and max(writes, default=-1) < syncs[0] < named, file
         assert job.packs or syncs[0] < (events("fsync", file.parent) or [-1])[-1], file
         if job.packs or job.verb == "unpack":
-            read = [lines[n] for n in events("read", file) if syncs[0] < n < named]
+            begin = syncs[0] if job.packs else max(writes, default=-1)
+            read = [lines[n] for n in events("read", file) if begin < n < named]
             assert _covered(read) == file.stat().st_size, f"{file} is not read back"
     for directory in directories:
         assert (events("fsync", directory) or [named])[-1] < named, directory
@@ -355,9 +356,7 @@ class Mutant:
 def _mutants() -> Iterator[Mutant]:
     """Each without one of its syncs, or one of its looks at what was written."""
     for name, more in _MUTATED.items():
-        file = importlib.import_module(name).__file__
-        assert file is not None
-        source = Path(file).read_text()
+        source = _source(name)
         for node in ast.walk(ast.parse(source)):
             # A statement that is a call: what it gives is not used, so something else must be the reason for it.
             if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
@@ -375,6 +374,12 @@ def _replaced(source: str, node: ast.stmt, code: str) -> str:
     return "".join([*before, " " * node.col_offset + code + "\n", *after])
 
 
+def _source(module: str) -> str:
+    file = importlib.import_module(module).__file__
+    assert file is not None
+    return Path(file).read_text()
+
+
 MUTANTS = list(_mutants())
 
 
@@ -386,12 +391,10 @@ def test_there_is_something_to_delete_in_every_module() -> None:
 @pytest.mark.parametrize("module", _MUTATED)
 def test_a_mutant_that_is_none_passes(nursery: Nursery, place: Path, tmp_path: Path, module: str) -> None:
     """It is the missing statement that is found out below, not the exchange of the code."""
-    file = importlib.import_module(module).__file__
-    assert file is not None
     for verb in ("compress", "unpack", "merge", "convert"):
         job = make_job(verb, False, place, tmp_path / "home")
         job.clear()
-        done = nursery.run(job.argv, "-e", f"trace={_ORDERED}", mutant=(module, Path(file).read_text()))
+        done = nursery.run(job.argv, "-e", f"trace={_ORDERED}", mutant=(module, _source(module)))
         assert done.code == 0, done.err
         _check_order(done.log.splitlines(), job)
 
@@ -419,27 +422,39 @@ def test_whoever_deletes_a_sync_or_a_look_back_is_found_out(
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "old"])
 @pytest.mark.parametrize(
-    ("verb", "module", "sync", "at"),
+    ("verb", "module", "last", "fd", "at"),
     [
         # The header, a frame, and the seal.
-        *(("compress", "adapterpack.io.atomic", "os.fsync(file.fileno())", at) for at in (9, 1000, -5)),
-        *(("unpack", "adapterpack.unpack", "os.fsync(fd)", at) for at in (0, -1)),
+        *(
+            ("compress", "adapterpack.io.atomic", "os.fsync(file.fileno())", "file.fileno()", at)
+            for at in (9, 999, -5)
+        ),
+        *(
+            ("unpack", "adapterpack.unpack", "write_at(self.opened[file], data, at)", "self.opened[file]", at)
+            for at in (0, -1)
+        ),
     ],
 )
 def test_a_disk_that_keeps_something_else_is_found_out(
-    nursery: Nursery, place: Path, tmp_path: Path, verb: str, module: str, sync: str, at: int, existing: bool
+    nursery: Nursery,
+    place: Path,
+    tmp_path: Path,
+    verb: str,
+    module: str,
+    last: str,
+    fd: str,
+    at: int,
+    existing: bool,
 ) -> None:
-    """What is read back after the sync is compared, all of it."""
+    """What is read back is compared, all of it: a byte is changed after the last thing that is done to it."""
     job = make_job(verb, existing, place, tmp_path / "home")
     old = job.clear()
-    (mutant,) = [m for m in MUTANTS if m.module == module and m.statement == sync]
-    fd = sync.removeprefix("os.fsync(").removesuffix(")")
-    spoil = f"(lambda fd: os.pwrite(fd, b'\\xa5', {at} if {at} >= 0 else os.fstat(fd).st_size + {at}))({fd})"
-    source = mutant.source.splitlines()
-    assert source[mutant.line - 1].strip() == "None"
-    source[mutant.line - 1] = source[mutant.line - 1].replace("None", spoil)
-    done = nursery.run(job.argv, mutant=(module, "\n".join(source)))
+    source = _source(module)
+    (node,) = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Expr) and ast.unparse(n) == last]
+    spoil = f"os.pwrite({fd}, b'\\xa5', {at if at >= 0 else f'os.fstat({fd}).st_size - {-at}'})"
+    done = nursery.run(job.argv, mutant=(module, _replaced(source, node, f"{last}; {spoil}")))
     assert done.code == 1 and re.fullmatch(r"error: [^\n]+\n(hint: [^\n]+\n)?", done.err), done.err
+    assert ("read back" if job.packs else "other bytes") in done.err
     assert job.state() == old and not job.litter()
 
 
