@@ -11,7 +11,9 @@ from fuzz.targets import TARGETS, judge
 
 from adapterpack import limits
 from adapterpack.codecs.chain import Chain
-from adapterpack.errors import InvalidFile
+from adapterpack.containers.apack.manifest import Drawn, FromBase, FromParent, InStream, Lines, Same
+from adapterpack.containers.apack.parsing import parse
+from adapterpack.errors import AdapterpackError, InvalidFile
 
 _CHANGES = 600
 _NUMBERS = (0, 1, 2, 7, 255, 256, 65_535, 1 << 31, 1 << 32, (1 << 53) + 1, (1 << 63) - 1, 1 << 64, -1, 10**12)
@@ -94,3 +96,23 @@ def test_a_step_with_a_line_break_is_named_in_one_line() -> None:
     with pytest.raises(InvalidFile) as caught:
         Chain(4, ("rotate", "a\nb"))
     assert "\n" not in caught.value.message and "rotate a" in caught.value.message
+
+
+def test_what_only_equals_a_number_of_the_manifest_is_none() -> None:
+    """`true` and `1.0` equal 1 for Python: what is written again would be another manifest."""
+    (lined,) = [data for data in TARGETS["manifest"].seeds() if b'["lines",0,' in data]
+    for old, new in (
+        (b'["lines",0,', b'["lines",false,'),
+        (b'["lines",0,', b'["lines",0.0,'),
+        (b'"apack":1', b'"apack":true'),
+    ):
+        with pytest.raises(AdapterpackError):
+            parse(lined.replace(old, new), "input")
+
+
+def test_the_packs_to_begin_with_have_every_place_and_most_steps() -> None:
+    found = [parse(data, "seed") for data in TARGETS["manifest"].seeds()]
+    places = {type(entry.place) for m in found for entry in m.tensors}
+    assert places >= {InStream, Same, Drawn, FromBase, FromParent, Lines}
+    steps = {step for m in found for stream in m.streams for step in stream.chain.steps}
+    assert steps >= {"sub", "gaps", "narrow", "rotate", "planes", "bits"}

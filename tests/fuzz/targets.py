@@ -32,7 +32,7 @@ from adapterpack.errors import AdapterpackError, InvalidFile
 from adapterpack.io import json as strict_json
 from adapterpack.io import paths, safetensors, zstd
 from adapterpack.io.files import OpenFile
-from adapterpack.tensor import Tensor
+from adapterpack.tensor import Tensor, from_numpy
 
 FORMATS = Path(__file__).parent.parent.parent / "formats"
 _SMALL = 4 << 20
@@ -377,8 +377,40 @@ def _elsewhere(name: str) -> Tensor:
 
 @cache
 def _parent_tensors() -> Mapping[str, Tensor]:
-    weights = FORMATS / "lora" / "vectors" / "linear-llama" / "adapter_model.safetensors"
-    return safetensors.read(Bytes(weights.read_bytes())).tensors
+    """What the parent and the base have: both are the same here."""
+    rng = np.random.default_rng(0)
+    names = ("near.weight", "sparse.weight", "equal.weight", "base.weight")
+    return {name: from_numpy(rng.standard_normal((16, 64), np.float32)) for name in names}
+
+
+def _child_tensors() -> dict[str, Tensor]:
+    """Something for each place and step."""
+    rng = np.random.default_rng(1)
+    before = {name: np.frombuffer(t.source.read(0, t.nbytes), "<f4") for name, t in _parent_tensors().items()}
+    near = before["near.weight"] * (1 + rng.standard_normal(1024).astype("<f4") * 1e-5)
+    sparse = before["sparse.weight"].copy()
+    sparse[::100] += 1
+    own = rng.standard_normal((16, 64), np.float32)
+    made = {
+        "near.weight": near.astype("<f4").reshape(16, 64),
+        "sparse.weight": sparse.reshape(16, 64),
+        "own.weight": own,
+        "own_again.weight": own,
+        "narrow.weight": (own.view("<u4") & 0xFFFF0000).view("<f4"),
+        "half.weight": own.astype("<f2"),
+        "numbers.weight": rng.integers(0, 1000, 512),
+        "zeros.weight": np.where(rng.random(1024) < 0.02, 3, 0).astype("<i4"),
+    }
+    found = {name: from_numpy(np.ascontiguousarray(values)) for name, values in made.items()}
+    parent = _parent_tensors()
+    # `base` is the base's under another name.
+    return {**found, "equal.weight": parent["equal.weight"], "copied.weight": parent["base.weight"]}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        safetensors.write(file, tensors, {})
 
 
 def _sealed(text: bytes, frames: bytes) -> bytes:
@@ -411,25 +443,23 @@ def _packs() -> tuple[bytes, ...]:
     """Packs of each kind of place and step, made here."""
     import adapterpack
 
-    lora, vera = FORMATS / "lora" / "vectors", FORMATS / "vera" / "vectors"
     made = []
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        changed = shutil.copytree(lora / "linear-llama", place / "changed")
-        weights = changed / "adapter_model.safetensors"
-        data = bytearray(weights.read_bytes())
-        data[-256::16] = bytes(16)
-        weights.write_bytes(data)
-        (changed / "notes.md").write_text("a note\n" * 50)
-        parent = lora / "linear-llama"
+        _write(place / "parent" / "adapter_model.safetensors", _parent_tensors())
+        _write(place / "base" / "model.safetensors", {"base.weight": _parent_tensors()["base.weight"]})
+        _write(place / "child" / "adapter_model.safetensors", _child_tensors())
+        for name in ("parent", "child"):
+            (place / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (place / "child" / "notes.md").write_text("a note\n" * 50)
+        child = place / "child"
         jobs = [
-            (lora / "linear-llama", {}),
-            (lora / "bf16-file", {}),
+            (child, {}),
+            (child, {"parent": place / "parent", "base": place / "base"}),
             (FORMATS / "vblora" / "vectors" / "full-256", {}),
-            *((case, {}) for case in sorted(vera.iterdir())[:2]),
-            (changed, {"parent": parent}),
-            (parent, {"parent": parent}),
-            (lora / "linear-llama", {"max_error": 0.02}),
+            *((case, {}) for case in sorted((FORMATS / "vera" / "vectors").iterdir())[:2]),
+            (FORMATS / "lora" / "vectors" / "linear-llama", {}),
+            (FORMATS / "lora" / "vectors" / "linear-llama", {"max_error": 0.02}),
         ]
         for n, (source, options) in enumerate(jobs):
             adapterpack.compress(source, place / f"{n}.apack", **options)

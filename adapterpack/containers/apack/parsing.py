@@ -159,11 +159,11 @@ class _Reader:
                 return FromBase(self.text(name), self.sha256(sha256))
             case ["parent"]:
                 return FromParent()
-            case ["lines", 0 | 1 as axis, steps, classes]:
+            case ["lines", int(axis), steps, classes]:
                 if any(type(j) is not int or j not in STEPS for j in self.items(steps, limits.DIMENSION)):
                     raise self.bad("has a step code that is none")
                 numbers = tuple(self.number(c) for c in self.items(classes, limits.DIMENSION))
-                return Lines(int(axis), tuple(steps), numbers)
+                return Lines(self.number(axis, 1), tuple(steps), numbers)
         raise self.bad(f"has a tensor in {value!r:.80}")
 
     def stream(self, value: Any) -> Stream:
@@ -214,7 +214,7 @@ def parse(data: bytes, where: str) -> Manifest:
         Unsupported: of another version.
     """
     record = strict_json.parse(data, f"manifest of {where}")
-    if record.get("apack") != VERSION:
+    if type(record.get("apack")) is not int or record["apack"] != VERSION:
         raise Unsupported(
             f"{where} is a pack of version {record.get('apack')!r:.40}; this adapterpack reads version {VERSION}",
             hint="update adapterpack",
