@@ -354,8 +354,9 @@ def seeds_of_manifests() -> Iterator[bytes]:
 
 
 def run_pack(data: bytes) -> None:
-    """A manifest, then frames; digests, header and seal are made to fit, so that all that lies behind is reached."""
+    """A manifest, then frames; form, digests, header and seal are made to fit, so that all behind them is reached."""
     text, frames = _with_text(data)
+    text = manifest.canonical(strict_json.parse(text, "input"))
     pack = Pack(Bytes(_sealed(text, frames), "input.apack"), parent=_elsewhere, base=_elsewhere)
     m = pack.manifest
     decoded = sum(d for frame in m.frames() for d, _ in frame.segments)
