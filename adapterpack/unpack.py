@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import heapq
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterpack import containers
 from adapterpack.containers import apack
 from adapterpack.containers.apack.manifest import Tensors
-from adapterpack.containers.apack.reader import Stored
+from adapterpack.containers.apack.reader import Stored, StreamReader
 from adapterpack.conversion import inputs
 from adapterpack.errors import InvalidFile, UsageError, WriteFailed
 from adapterpack.io import atomic, cores
-from adapterpack.io.files import OpenFile
+from adapterpack.io.files import OpenFile, start_writeback
 from adapterpack.io.files import write as write_at
 from adapterpack.tensor import Memory, Source, chunks, digest
 
@@ -125,32 +126,82 @@ def _check_space(directory: Path, needed: int) -> None:
         raise WriteFailed(f"{directory} has {free:,} bytes left, and {needed:,} are needed", hint="make room first")
 
 
-class _Restoring:
-    """Frames are decoded by several threads, each part written where it belongs; then every file is proven."""
+@dataclass(frozen=True, order=True)
+class _Item:
+    """Where bytes of a stream belong: [start, start + nbytes) of it at `offset` of a file."""
 
-    def __init__(self, pack: apack.Pack, stage: Path, pool: ThreadPoolExecutor, progress: Progress | None) -> None:
+    start: int
+    nbytes: int
+    file: int
+    offset: int
+
+
+class _Progress:
+    """How far each file is whole from its beginning on, while parts of it come in any order."""
+
+    def __init__(self, sizes: list[int], report: Progress | None) -> None:
+        self._whole = [0] * len(sizes)
+        self._parts: list[list[tuple[int, int]]] = [[] for _ in sizes]
+        self._changed = threading.Condition()
+        self._failed = False
+        self._report, self._done, self._total = report, 0, sum(sizes)
+
+    def wrote(self, file: int, start: int, stop: int) -> None:
+        with self._changed:
+            heapq.heappush(self._parts[file], (start, stop))
+            before = self._whole[file]
+            while self._parts[file] and self._parts[file][0][0] <= self._whole[file]:
+                self._whole[file] = max(self._whole[file], heapq.heappop(self._parts[file])[1])
+            if self._whole[file] > before:
+                self._changed.notify_all()
+            self._done += stop - start
+            if self._report is not None:
+                self._report("unpack", self._done, self._total)
+
+    def fail(self) -> None:
+        """Nothing more will come."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def whole(self, file: int, beyond: int) -> int:
+        """How far a file is whole, once that is further than `beyond`; `beyond` itself if nothing more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._whole[file] > beyond or self._failed)
+            return self._whole[file]
+
+
+class _Restoring:
+    """Frames are decoded by several threads, each part written where it belongs, each file proven as it grows."""
+
+    def __init__(self, pack: apack.Pack, stage: Path, pool: ThreadPoolExecutor, report: Progress | None) -> None:
         self.pack = pack
         self.stage = stage
         self.pool = pool
-        self.progress = progress
-        self.done = 0
-        self.total = sum(file.size for file in pack.manifest.files)
+        self.files = pack.manifest.files
+        self.progress = _Progress([file.size for file in self.files], report)
+        self.opened: list[int] = []
 
     def run(self) -> None:
-        opened: dict[int, int] = {}
-        try:
-            for n, file in enumerate(self.pack.manifest.files):
-                opened[n] = self._create(file.path)
-            self._from_streams(opened)
-            self._from_elsewhere(opened)
-            for future in [self.pool.submit(self._finish, n, fd) for n, fd in opened.items()]:
-                future.result()
-        except BaseException:
-            self.pool.shutdown(cancel_futures=True)
-            raise
-        finally:
-            for fd in opened.values():
-                os.close(fd)
+        """Restore everything, durably. Raises what `unpack` raises."""
+        # A thread of its own, that mostly waits.
+        with ThreadPoolExecutor(1) as prover:
+            try:
+                for file in self.files:
+                    self.opened.append(self._create(file.path))
+                proofs = [prover.submit(self._prove, n) for n in range(len(self.files))]
+                written = [self.pool.submit(self._frame, *frame) for frame in self._frames()]
+                self._from_elsewhere()
+                for future in (*written, *proofs):
+                    future.result()
+            except BaseException:
+                self.progress.fail()
+                self.pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                prover.shutdown()
+                for fd in self.opened:
+                    os.close(fd)
 
     def _create(self, path: str) -> int:
         place = self.stage / path
@@ -158,17 +209,9 @@ class _Restoring:
             place.parent.mkdir(parents=True, exist_ok=True)
             return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
-    def _targets(self) -> dict[int, list[tuple[int, int, int, int]]]:
-        """For each stream (start, bytes, file, offset in it) of its items, in order."""
-        found: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
-        for n, offset, source in self._parts():
-            if isinstance(source, Stored):
-                found[source.piece.stream].append((source.piece.start, source.nbytes, n, offset))
-        return {stream: sorted(items) for stream, items in found.items()}
-
     def _parts(self) -> Iterator[tuple[int, int, Source]]:
         """(file, offset, source) of everything that files consist of."""
-        for n, file in enumerate(self.pack.manifest.files):
+        for n, file in enumerate(self.files):
             if not isinstance(file.content, Tensors):
                 yield n, 0, self.pack.files[file.path]
                 continue
@@ -179,44 +222,59 @@ class _Restoring:
                 yield n, offset, tensor.source
                 offset += tensor.nbytes
 
-    def _from_streams(self, opened: dict[int, int]) -> None:
-        waiting: list[Future[int]] = []
-        for stream, items in self._targets().items():
-            frames = len(self.pack.streams[stream].stream.frames)
-            waiting += [self.pool.submit(self._frame, stream, n, items, opened) for n in range(frames)]
-        for future in waiting:
-            self._report(future.result())
+    def _frames(self) -> list[tuple[StreamReader, int, list[_Item]]]:
+        """(stream, number, items in it) of every frame, in the order in which files need them."""
+        items: dict[int, list[_Item]] = defaultdict(list)
+        for n, offset, source in self._parts():
+            if isinstance(source, Stored) and source.nbytes:
+                items[source.piece.stream].append(_Item(source.piece.start, source.nbytes, n, offset))
+        found = []
+        for stream, own in items.items():
+            reader = self.pack.streams[stream]
+            own.sort()
+            for number in range(len(reader.stream.frames)):
+                first, last = reader.span(number)
+                inside = [i for i in own if i.start < last and i.start + i.nbytes > first]
+                if inside:
+                    needed = min((i.file, i.offset + max(first - i.start, 0)) for i in inside)
+                    found.append((needed, (reader, number, inside)))
+        found.sort(key=lambda frame: frame[0])
+        return [frame for _, frame in found]
 
-    def _frame(self, stream: int, n: int, items: list[tuple[int, int, int, int]], opened: dict[int, int]) -> int:
-        reader = self.pack.streams[stream]
-        data, (first, last) = reader.decode(n).data, reader.span(n)
-        for start, nbytes, file, offset in items:
-            low, high = max(start, first), min(start + nbytes, last)
-            if low < high:
-                with atomic.explained(self.stage):
-                    write_at(opened[file], data[low - first : high - first], offset + low - start)
-        return last - first
+    def _frame(self, reader: StreamReader, number: int, items: list[_Item]) -> None:
+        data, (first, last) = reader.decode(number).data, reader.span(number)
+        for item in items:
+            low, high = max(item.start, first), min(item.start + item.nbytes, last)
+            self._write(item.file, data[low - first : high - first], item.offset + low - item.start)
 
-    def _from_elsewhere(self, opened: dict[int, int]) -> None:
+    def _from_elsewhere(self) -> None:
         """Whatever lies in no stream as it is: recipes, references, quantised tensors, small texts."""
         for n, offset, source in self._parts():
             if not isinstance(source, Stored):
                 for chunk in chunks(source):
-                    with atomic.explained(self.stage):
-                        write_at(opened[n], chunk, offset)
+                    self._write(n, chunk, offset)
                     offset += len(chunk)
-                    self._report(len(chunk))
 
-    def _finish(self, n: int, fd: int) -> None:
-        """Make a file durable, and prove what lies there now."""
-        file = self.pack.manifest.files[n]
-        place = self.stage / file.path
-        with atomic.explained(place):
-            os.fsync(fd)
+    def _write(self, file: int, data: Any, at: int) -> None:
+        with atomic.explained(self.stage / self.files[file].path):
+            write_at(self.opened[file], data, at)
+        self.progress.wrote(file, at, at + len(data))
+
+    def _prove(self, n: int) -> None:
+        """Hash a file as it becomes whole, as it lies there, and make it durable."""
+        place = self.stage / self.files[n].path
         with OpenFile(place) as restored:
-            self.pack.check_file(file.path, hashlib.sha256(), chunks(restored.whole()))
+            self.pack.check_file(self.files[n].path, self._grown(n, restored))
+        with atomic.explained(place):
+            os.fsync(self.opened[n])
 
-    def _report(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self.progress is not None:
-            self.progress("unpack", min(self.done, self.total), self.total)
+    def _grown(self, n: int, restored: OpenFile) -> Iterator[bytes]:
+        done, size = 0, self.files[n].size
+        while done < size:
+            whole = self.progress.whole(n, done)
+            if whole == done:
+                return
+            # The disk may begin: less is left for the end.
+            start_writeback(self.opened[n])
+            yield from chunks(restored.whole(whole), done, whole)
+            done = whole

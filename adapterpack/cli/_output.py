@@ -15,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from adapterpack.adapter import Progress
+    from adapterpack.conversion import Conversion
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -114,6 +115,31 @@ def say(lines: Sequence[str]) -> None:
     """Notes on stderr."""
     for line in lines:
         click.echo(f"note: {line}", err=True)
+
+
+def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """What `convert` and `compress` print."""
+    if as_json:
+        print_json(verb, r)
+        return
+    if quiet:
+        click.echo(r.output)
+        return
+    form = r.method + (f" ({r.encoding})" if r.encoding not in (r.method, None) else "")
+    rows = [
+        ["output" if not dry_run else "would write", r.output],
+        ["form", form],
+        ["bytes in", size(r.bytes_in)],
+        ["bytes out", f"{size(r.bytes_out)}, {ratio(r.bytes_out, r.bytes_in)}"],
+        ["grade", r.grade],
+        ["error", number(r.max_rel_error) + ("" if r.grade == "lossless" else " (relative, worst module)")],
+    ]
+    if r.dropped:
+        rows.append(["dropped", "; ".join(r.dropped)])
+    if r.serve:
+        rows.append(["serve with" if not r.serve.startswith("Peft") else "load with", r.serve])
+    table(rows)
+    say(r.notes)
 
 
 def size(n: int) -> str:

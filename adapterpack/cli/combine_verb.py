@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from adapterpack.cli import _output as out
-from adapterpack.cli.convert_verb import print_conversion
 from adapterpack.cli.resize_verb import print_modules
 from adapterpack.combine import combine
 
@@ -73,6 +72,6 @@ def command(
             dry_run=dry_run,
             progress=progress,
         )
-    print_conversion("combine", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    out.print_conversion("combine", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
     if not as_json and not quiet:
         print_modules(result.modules)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from adapterpack.cli import _output as out
-from adapterpack.cli.convert_verb import print_conversion
 from adapterpack.compress import compress
 
 
@@ -78,4 +77,4 @@ def command(
             dry_run=dry_run,
             progress=progress,
         )
-    print_conversion("compress", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    out.print_conversion("compress", result, dry_run=dry_run, as_json=as_json, quiet=quiet)

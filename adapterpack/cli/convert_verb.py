@@ -6,7 +6,6 @@ import click
 
 from adapterpack import projections, serving
 from adapterpack.cli import _output as out
-from adapterpack.conversion import Conversion
 from adapterpack.convert import convert
 
 
@@ -89,29 +88,4 @@ def command(
             dry_run=dry_run,
             progress=progress,
         )
-    print_conversion("convert", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
-
-
-def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """What `convert` and `compress` print."""
-    if as_json:
-        out.print_json(verb, r)
-        return
-    if quiet:
-        click.echo(r.output)
-        return
-    form = r.method + (f" ({r.encoding})" if r.encoding not in (r.method, None) else "")
-    rows = [
-        ["output" if not dry_run else "would write", r.output],
-        ["form", form],
-        ["bytes in", out.size(r.bytes_in)],
-        ["bytes out", f"{out.size(r.bytes_out)}, {out.ratio(r.bytes_out, r.bytes_in)}"],
-        ["grade", r.grade],
-        ["error", out.number(r.max_rel_error) + ("" if r.grade == "lossless" else " (relative, worst module)")],
-    ]
-    if r.dropped:
-        rows.append(["dropped", "; ".join(r.dropped)])
-    if r.serve:
-        rows.append(["serve with" if not r.serve.startswith("Peft") else "load with", r.serve])
-    out.table(rows)
-    out.say(r.notes)
+    out.print_conversion("convert", result, dry_run=dry_run, as_json=as_json, quiet=quiet)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import click
 
 from adapterpack.cli import _output as out
-from adapterpack.cli.convert_verb import print_conversion
 from adapterpack.resize import ModuleRank, resize
 
 _SHOWN = 10
@@ -74,7 +73,7 @@ def command(
             dry_run=dry_run,
             progress=progress,
         )
-    print_conversion("resize", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    out.print_conversion("resize", result, dry_run=dry_run, as_json=as_json, quiet=quiet)
     if not as_json and not quiet:
         print_modules(result.modules)
         click.echo(f"error of all modules together: {out.number(result.total_rel_error)}")

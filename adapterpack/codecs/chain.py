@@ -46,6 +46,7 @@ class Chain:
             and not {"gaps", "mask"} <= set(self.steps)
             and not {"planes", "bits"} <= set(self.steps)
             and not ("narrow" in self.steps and self.width != 4)
+            and not ("rotate" in self.steps and "planes" not in self.steps)
             and not ("exponents" in self.steps and (self.width == 1 or "rotate" not in self.steps))
         )
         if not fits:
@@ -83,16 +84,21 @@ class Chain:
                 x = x[x != 0]
             elif step == "narrow":
                 x = words.narrow(x)
-            elif step == "rotate":
-                x = words.rotate(x)
-            elif step == "exponents":
-                segments.append(words.exponents(x))
             elif step == "bits":
                 n, packed = words.bits(x)
                 return [*segments, np.array([n], np.uint8), packed]
-            else:
-                return [*segments, *words.planes(x)]
+            elif step == "planes":
+                return [*segments, *self._planes(x)]
         return [*segments, np.ascontiguousarray(x).view(np.uint8)]
+
+    def _planes(self, x: Array) -> list[Array]:
+        parts = words.planes(x)
+        if "rotate" in self.steps:
+            parts = words.rotate(parts)
+        if "exponents" in self.steps:
+            table, parts[0], parts[1] = words.exponents(parts[0], parts[1])
+            parts.insert(0, table)
+        return parts
 
     def join(self, segments: Sequence[Array], nbytes: int, before: Array | None = None) -> Array:
         """The inverse of `split`: `nbytes` bytes, uint8.
@@ -139,12 +145,11 @@ class Chain:
             parts = list(left)
             if any(part.size != (count if "planes" in self.steps else count * width) for part in parts):
                 raise InvalidFile("a segment of another length than the frame")
-            # A copy, since what was stored raw is read-only.
-            x = words.unplanes(parts, width) if "planes" in self.steps else parts[0].view(words.word(width)).copy()
-        if table is not None:
-            x = words.unexponents(table, x)
-        if "rotate" in self.steps:
-            x = words.unrotate(x)
+            if table is not None:
+                parts[0], parts[1] = words.unexponents(table, parts[0], parts[1])
+            if "rotate" in self.steps:
+                parts = words.unrotate(parts)
+            x = words.unplanes(parts, width) if "planes" in self.steps else parts[0].view(words.word(width))
         return words.widen(x) if "narrow" in self.steps else x
 
 

@@ -6,7 +6,6 @@ negative zeros are words like others.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,8 @@ from adapterpack.errors import InvalidFile
 if TYPE_CHECKING:
     from adapterpack.tensor import Array
 
+_ONE, _SEVEN = np.uint8(1), np.uint8(7)
+_CLOSE = 32
 _FAR = 255
 """In gaps: 255 more zero words, and the gap goes on."""
 
@@ -25,23 +26,21 @@ def word(width: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(f"<u{width}")
 
 
-def rotate(x: Array) -> Array:
-    """The top bit goes to the low end: of a float the sign, so that the exponent begins a byte."""
-    bits = x.dtype.itemsize * 8
-    result: Array = (x << x.dtype.type(1)) | (x >> x.dtype.type(bits - 1))
-    return result
+def rotate(parts: list[Array]) -> list[Array]:
+    """Words as planes: the top bit goes to the low end; of a float the sign, so that the exponent begins a byte."""
+    following = [*parts[1:], parts[0]]
+    return [(part << _ONE) | (after >> _SEVEN) for part, after in zip(parts, following, strict=True)]
 
 
-def unrotate(x: Array) -> Array:
+def unrotate(parts: list[Array]) -> list[Array]:
     """The inverse of `rotate`."""
-    bits = x.dtype.itemsize * 8
-    result: Array = (x >> x.dtype.type(1)) | (x << x.dtype.type(bits - 1))
-    return result
+    leading = [parts[-1], *parts[:-1]]
+    return [(part >> _ONE) | (before << _SEVEN) for part, before in zip(parts, leading, strict=True)]
 
 
 def narrow(x: Array) -> Array:
     """The upper halves of 4-byte words whose lower halves are zero: bf16 values in an fp32 file."""
-    return x.view("<u2")[1::2]
+    return np.ascontiguousarray(x.view("<u2")[1::2])
 
 
 def widen(x: Array) -> Array:
@@ -115,69 +114,65 @@ def unmask(coded: Array, n: int) -> Array:
     return np.flatnonzero(bits[:n])
 
 
-def exponents(x: Array) -> Array:
-    """Rotated floats with their exponents numbered, in the top two bytes of each.
+def exponents(top: Array, below: Array) -> tuple[Array, Array, Array]:
+    """Rotated floats with their exponents numbered: the first two planes change.
 
     Numbers take fewer bits than exponents; the mantissa's next bits move up beside them into the top byte, so that
-    it is coded jointly with them, and zeros follow below.
+    they are coded jointly, and zeros follow below.
 
     Args:
-        x: Changed in place.
+        top: The exponents, uint8.
+        below: The next byte of each word.
 
     Returns:
-        The exponents in use, ascending, uint8.
+        The exponents, ascending, and the two planes.
     """
-    halves = _top_halves(x)
-    top = np.ascontiguousarray(halves)
-    table = _used(top.view(np.uint8)[1::2].tobytes())
-    halves[:] = np.take(_numbers(table), top)
-    return np.frombuffer(table, np.uint8)
+    used = _used(top)
+    numbers = bytearray(256)
+    for n, exponent in enumerate(used):
+        numbers[exponent] = n
+    number = np.frombuffer(top.tobytes().translate(bytes(numbers)), np.uint8)
+    spare = _spare(len(used))
+    return np.frombuffer(used, np.uint8), _left(number, spare) | _right(below, 8 - spare), _left(below, spare)
 
 
-def _used(data: bytes) -> bytes:
-    """The byte values that occur, ascending. Faster than counting them: few are missing from a sample."""
-    known = bytes(set(data[:4096]))
-    return bytes(sorted({*known, *data.translate(None, known)}))
-
-
-def unexponents(table: Array, x: Array) -> Array:
-    """The inverse of `exponents`; `x` is changed in place. Raises InvalidFile for a number beyond the table."""
+def unexponents(table: Array, top: Array, below: Array) -> tuple[Array, Array]:
+    """The inverse of `exponents`. Raises InvalidFile for a number beyond the table."""
     if not table.size or np.any(table[1:] <= table[:-1]):
         raise InvalidFile("a table of exponents that is not in order")
-    halves = _top_halves(x)
-    top, spare = np.ascontiguousarray(halves), _spare(table.size)
-    last = ((table.size << 8) - 1) << spare
-    if top.size and (int(top.max()) > last or int(np.bitwise_or.reduce(top)) & ((1 << spare) - 1)):
+    spare = _spare(table.size)
+    number = _right(top, spare)
+    if top.size and (int(number.max()) >= table.size or int(np.bitwise_or.reduce(below)) & ((1 << spare) - 1)):
         raise InvalidFile("an exponent beyond its table")
-    halves[:] = np.take(_exponents(table.tobytes()), top)
-    return x
+    exponent = np.frombuffer(number.tobytes().translate(table.tobytes().ljust(256, b"\0")), np.uint8)
+    return exponent, _left(top, 8 - spare) | _right(below, spare)
 
 
-def _top_halves(x: Array) -> Array:
-    """The top two bytes of each word, as a view."""
-    return x.view("<u2")[x.dtype.itemsize // 2 - 1 :: x.dtype.itemsize // 2]
+def _left(x: Array, n: int) -> Array:
+    """Bytes shifted left; by 8 there is nothing left."""
+    return x << np.uint8(n) if n < 8 else np.zeros_like(x)
+
+
+def _right(x: Array, n: int) -> Array:
+    return x >> np.uint8(n) if n < 8 else np.zeros_like(x)
+
+
+def _used(top: Array) -> bytes:
+    """The byte values that occur, ascending; where they lie close together all between the least and the greatest."""
+    if not top.size:
+        return bytes(1)
+    least, greatest = int(top.min()), int(top.max())
+    if greatest - least < _CLOSE:
+        return bytes(range(least, greatest + 1))
+    # Faster than counting them: few are missing from a sample.
+    data = top.tobytes()
+    known = bytes(set(data[:4096]))
+    return bytes(sorted({*known, *data.translate(None, known)}))
 
 
 def _spare(used: int) -> int:
     """Bits of a byte that the numbers of so many exponents leave free."""
     return 8 - (used - 1).bit_length()
-
-
-@functools.lru_cache(maxsize=32)
-def _numbers(used: bytes) -> Array:
-    """For all top halves: what stands for them."""
-    table, every = np.frombuffer(used, np.uint8), np.arange(1 << 16, dtype=np.uint32)
-    numbers = np.zeros(256, np.uint32)
-    numbers[table] = np.arange(table.size)
-    result: Array = ((numbers[every >> 8] << 8 | every & 255) << _spare(table.size)).astype("<u2")
-    return result
-
-
-@functools.lru_cache(maxsize=32)
-def _exponents(used: bytes) -> Array:
-    """The inverse of `_numbers`."""
-    table, every = np.frombuffer(used, np.uint8), np.arange(1 << 16, dtype=np.uint32) >> _spare(len(used))
-    return (np.take(table.astype(np.uint32), every >> 8, mode="clip") << 8 | every & 255).astype("<u2")
 
 
 def planes(x: Array) -> list[Array]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from adapterpack import limits
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.containers import pickled
 from adapterpack.errors import InvalidFile, PickleRefused, UsageError
 from adapterpack.io import atomic, safetensors
 from adapterpack.io import json as strict_json
@@ -188,6 +187,9 @@ def _pickle(path: Path, found: Checkpoint, allow: bool) -> Checkpoint:
             f"{source} is a pickle, which can run code when it is loaded",
             hint="ask its author for safetensors, or read the tensors alone with --allow-pickle",
         )
+    # Late: what starts processes takes long to load, and few need it.
+    from adapterpack.containers import pickled
+
     return replace(
         found,
         tensors=pickled.read(source),

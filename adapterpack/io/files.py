@@ -83,9 +83,9 @@ class OpenFile:
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def whole(self) -> FileSpan:
-        """All of its bytes, as a source."""
-        return FileSpan(self, 0, self.size)
+    def whole(self, size: int | None = None) -> FileSpan:
+        """All of its bytes, as a source; or as many as it has by now, where it grows."""
+        return FileSpan(self, 0, self.size if size is None else size)
 
     def copy(self, start: int, stop: int, fd: int, at: int) -> None:
         """Copy the bytes [start, stop) to position `at` of another file, inside the kernel where it can.

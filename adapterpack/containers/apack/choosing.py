@@ -18,9 +18,13 @@ WORDS_FRAME = 2 << 20
 """Bytes of a frame of words: its planes stay in the cache, and one tensor does not cost another."""
 BYTES_FRAME = 16 << 20
 """Bytes of a frame of text and the like, where zstd looks back far."""
+_BEST, _FAIR, _QUICK = 19, 6, 3
+"""zstd levels."""
 _SAMPLES, _SAMPLE = 4, 128 << 10
-_THOROUGH = 2 << 20
-"""Streams up to so many bytes get zstd's best level too, where it pays."""
+_THOROUGH = 512 << 10
+"""Streams up to so many bytes get zstd's best level too."""
+_WILLING = 2 << 20
+"""Up to so many, where it pays on a sample."""
 _PATIENT = 8 << 20
 """The same for text."""
 _SPARSE = 0.01
@@ -41,8 +45,15 @@ class Choice:
     frame: int
 
 
-def choose(stream: StreamPlan, source: Source, before: Source | None) -> Choice:
-    """The chain that makes a sample smallest; of equal ones the simplest."""
+def choose(stream: StreamPlan, source: Source, before: Source | None, total: int) -> Choice:
+    """The chain that makes a sample smallest; of equal ones the simplest.
+
+    Args:
+        stream: What is to be coded.
+        source: Its bytes.
+        before: The parent's bytes.
+        total: Bytes of all streams: what is a second for a small adapter is nothing gained for a large one.
+    """
     if stream.noise:
         return Choice(Chain(1), (), BYTES_FRAME)
     sample = list(_sample(stream, source, before))
@@ -52,9 +63,8 @@ def choose(stream: StreamPlan, source: Source, before: Source | None) -> Choice:
         if smallest is None or size < smallest:
             best, smallest = chain, size
     if best.steps:
-        thorough = source.nbytes <= _THOROUGH
-        return Choice(best, (zstd.HUFFMAN, 19) if thorough else _fast_levels(best, sample), WORDS_FRAME)
-    return Choice(best, (zstd.HUFFMAN, 19 if source.nbytes <= _PATIENT else 6), BYTES_FRAME)
+        return Choice(best, _levels(best, sample, source.nbytes, total), WORDS_FRAME)
+    return Choice(best, (zstd.HUFFMAN, _BEST if source.nbytes <= _PATIENT else _FAIR), BYTES_FRAME)
 
 
 def _sample(stream: StreamPlan, source: Source, before: Source | None) -> Iterator[tuple[Array, Array | None]]:
@@ -106,9 +116,12 @@ def _size(chain: Chain, raw: Array, before: Array | None) -> int:
     return sum(len(store(segment, (zstd.HUFFMAN,))) for segment in chain.split(raw, before))
 
 
-def _fast_levels(chain: Chain, sample: list[tuple[Array, Array | None]]) -> tuple[int, ...]:
-    """Huffman alone, or matches too where the sample says that they are there."""
-    huffman = sum(_size(chain, raw, old) for raw, old in sample)
-    segments = [segment for raw, old in sample for segment in chain.split(raw, old)]
-    both = sum(len(store(segment, (zstd.HUFFMAN, 3))) for segment in segments)
-    return (zstd.HUFFMAN, 3) if both < 0.995 * huffman else (zstd.HUFFMAN,)
+def _levels(chain: Chain, sample: list[tuple[Array, Array | None]], nbytes: int, total: int) -> tuple[int, ...]:
+    """Huffman, and matches too where the stream is short or a part of it says that they are there."""
+    if nbytes <= _THOROUGH:
+        return zstd.HUFFMAN, _BEST
+    segments = chain.split(*sample[0])
+    further = _BEST if max(nbytes, total // 4) <= _WILLING else _QUICK
+    huffman = sum(len(store(s, (zstd.HUFFMAN,))) for s in segments)
+    both = sum(len(store(s, (zstd.HUFFMAN, further))) for s in segments)
+    return (zstd.HUFFMAN, further) if both < (0.998 if further == _BEST else 0.995) * huffman else (zstd.HUFFMAN,)

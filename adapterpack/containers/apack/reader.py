@@ -205,12 +205,13 @@ class Pack:
             InvalidFile: something does not agree.
         """
         for file in self.manifest.files:
-            self.check_file(file.path, hashlib.sha256(), chunks(self.files[file.path]))
+            self.check_file(file.path, chunks(self.files[file.path]))
         for stream in self._streams:
             stream.prove()
 
-    def check_file(self, path: str, h: hashlib._Hash, parts: Iterator[bytes]) -> None:
+    def check_file(self, path: str, parts: Iterator[bytes]) -> None:
         """Hash a restored file and compare. Raises InvalidFile."""
+        h = hashlib.sha256()
         for part in parts:
             h.update(part)
         wanted = next(f.sha256 for f in self.manifest.files if f.path == path)

@@ -53,8 +53,8 @@ class _Coder:
         self.before: Source | None = None if plan.before is None else Joined(plan.before)
         self.choice: Choice | None = None
 
-    def choose(self) -> None:
-        self.choice = choosing.choose(self.plan, self.source, self.before)
+    def choose(self, total: int) -> None:
+        self.choice = choosing.choose(self.plan, self.source, self.before, total)
 
     @property
     def chain(self) -> chains.Chain:
@@ -122,8 +122,9 @@ def write(
     with ThreadPoolExecutor(jobs) as pool:
         hashes = [pool.submit(digest, source) for source in plan.sources]
         try:
-            for _ in pool.map(_Coder.choose, coders):
-                pass
+            total = sum(coder.source.nbytes for coder in coders)
+            for choosing_one in [pool.submit(coder.choose, total) for coder in coders]:
+                choosing_one.result()
             frames = _ahead(pool, coders, jobs)
             if dry_run:
                 made = _collect(coders, _reported(frames, coders, progress), lambda _: None)
