@@ -30,13 +30,14 @@ from adapterpack.containers.apack.manifest import (
     Text,
     canonical,
 )
-from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.errors import AdapterpackError, InvalidFile, Unsupported
 from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
 from adapterpack.io.paths import plain_name
 from adapterpack.tensor import DTYPES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 _GRADES = ("lossless", "equivalent", "approximate")
 
 
@@ -82,6 +83,9 @@ class _Reader:
 
     def manifest(self, r: dict[str, Any]) -> Manifest:
         optional = {k: None if r[k] is None else self.text(r[k]) for k in ("encoding", "base", "max_error", "error")}
+        for key in ("max_error", "error"):
+            if optional[key] is not None and not _DECIMAL.fullmatch(str(optional[key])):
+                raise self.bad(f"has {optional[key]!r:.40} where a decimal number is wanted")
         if r["grade"] not in _GRADES:
             raise self.bad(f"has an unknown grade {r['grade']!r:.40}")
         return Manifest(
@@ -115,6 +119,10 @@ class _Reader:
                 None if r["metadata"] is None else tuple(map(self.pair, self.items(r["metadata"]))),
                 None if header is None else (self.number(header[0]), self.number(header[1], limits.HEADER_BYTES + 8)),
             )
+            if len(dict(content.metadata or ())) != len(content.metadata or ()):
+                raise self.bad("has metadata of one name twice")
+            if content.metadata is not None and content.header is not None:
+                raise self.bad("has both a stored header and metadata")
         return File(self.path(r["path"]), self.number(r["size"]), self.sha256(r["sha256"]), content)
 
     def pair(self, value: Any) -> tuple[str, str]:
@@ -152,17 +160,21 @@ class _Reader:
                 return FromBase(self.text(name), self.sha256(sha256))
             case ["parent"]:
                 return FromParent()
-            case ["lines", 0 | 1 as axis, steps, classes]:
+            case ["lines", int(axis), steps, classes] if type(axis) is int and axis in (0, 1):
                 if any(type(j) is not int or j not in STEPS for j in self.items(steps, limits.DIMENSION)):
                     raise self.bad("has a step code that is none")
                 numbers = tuple(self.number(c) for c in self.items(classes, limits.DIMENSION))
-                return Lines(int(axis), tuple(steps), numbers)
+                return Lines(axis, tuple(steps), numbers)
         raise self.bad(f"has a tensor in {value!r:.80}")
 
     def stream(self, value: Any) -> Stream:
         r = self.record(value, {"width", "steps", "frames"})
         steps = self.items(r["steps"], 8)
-        chain = Chain(self.number(r["width"], 8), tuple(self.text(s) for s in steps))
+        width, names = self.number(r["width"], 8), tuple(self.text(s) for s in steps)
+        try:
+            chain = Chain(width, names)
+        except InvalidFile as e:
+            raise self.bad(f"has {e.message}") from e
         return Stream(chain, tuple(map(self.frame, self.items(r["frames"], limits.FRAMES))))
 
     def frame(self, value: Any) -> Frame:
@@ -176,8 +188,11 @@ class _Reader:
 
     def recipe(self, value: Any) -> recipes.Recipe:
         text = json.dumps(value, separators=(",", ":"), sort_keys=True)
-        recipe = recipes.from_metadata({recipes.METADATA_KEY: text})
-        if recipe is None or recipe.to_metadata() != text:
+        try:
+            recipe = recipes.from_metadata({recipes.METADATA_KEY: text})
+        except AdapterpackError as e:
+            raise type(e)(f"{self.where}: a recipe of its manifest: {e.message}", hint=e.hint) from e
+        if recipe is None or recipe.keys or recipe.to_metadata() != text:
             raise self.bad("has a recipe that is not written as it should be")
         return recipe
 
@@ -207,7 +222,7 @@ def parse(data: bytes, where: str) -> Manifest:
         Unsupported: of another version.
     """
     record = strict_json.parse(data, f"manifest of {where}")
-    if record.get("apack") != VERSION:
+    if type(record.get("apack")) is not int or record["apack"] != VERSION:
         raise Unsupported(
             f"{where} is a pack of version {record.get('apack')!r:.40}; this adapterpack reads version {VERSION}",
             hint="update adapterpack",
