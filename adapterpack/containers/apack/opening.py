@@ -109,8 +109,8 @@ def _places(path: Path, wanted: Parent, given: Path | None) -> Iterator[Path]:
 
 
 def _open_base(pack: Pack, path: Path, stack: ExitStack, given: Path | None) -> Mapping[str, Tensor]:
-    recorded = Path(pack.manifest.base or ".")
-    place = given or (recorded if recorded.is_dir() else None)
+    recorded = Path(pack.manifest.base) if pack.manifest.base else None
+    place = given or (recorded if recorded is not None and recorded.is_dir() else None)
     if place is None:
         raise MissingReference(f"{path} takes tensors from its base model, which is not here", hint=_base_hint(pack))
     return base_tensors(place, stack)

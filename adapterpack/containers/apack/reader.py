@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from adapterpack import limits
 from adapterpack.codecs import chain as chains
 from adapterpack.codecs.lines import Quantised, join
 from adapterpack.containers.apack import file as outer
@@ -35,7 +36,7 @@ from adapterpack.containers.apack.manifest import (
     Text,
 )
 from adapterpack.containers.apack.parsing import parse
-from adapterpack.errors import InvalidFile
+from adapterpack.errors import AdapterpackError, InvalidFile
 from adapterpack.io.files import OpenFile
 from adapterpack.tensor import Joined, Memory, Source, Tensor, chunks
 
@@ -152,7 +153,10 @@ class Pack:
     def _draw(self, recipe: int) -> dict[str, Tensor]:
         with self._lock:
             if recipe not in self._drawn:
-                self._drawn[recipe] = self.manifest.recipes[recipe].draw()
+                try:
+                    self._drawn[recipe] = self.manifest.recipes[recipe].draw()
+                except AdapterpackError as e:
+                    raise type(e)(f"{self.name}: {e.message}", hint=e.hint) from e
             return self._drawn[recipe]
 
     def _from_base(self, name: str, sha256: str) -> Source:
@@ -172,7 +176,10 @@ class Pack:
         codes = np.empty((len(place.classes), length), np.int32)
         for row, line in enumerate(self.layout.lines[n]):
             high, low = (Stored(self._streams, piece) for piece in (line.high_part, line.low_part))
-            codes[row] = join(high.read(0, high.nbytes), low.read(0, low.nbytes), line.low)
+            try:
+                codes[row] = join(high.read(0, high.nbytes), low.read(0, low.nbytes), line.low)
+            except InvalidFile as e:
+                raise InvalidFile(f"{self.name}: {entry.name!r:.100}: {e.message}") from e
         return Quantised(codes, place.steps, place.axis)
 
     @cached_property
@@ -196,7 +203,11 @@ class Pack:
         if content.header is None:
             return layout.header_of(content, self.manifest.tensors)
         stored = Stored(self._streams, self.layout.headers[n])
-        return stored.read(0, stored.nbytes)
+        header = stored.read(0, stored.nbytes)
+        # Who reads the file must find the tensors that whoever reads the pack finds.
+        if not layout.header_lists(header, self.manifest.tensors, f"{self.name}: the stored header"):
+            raise InvalidFile(f"{self.name}: the header of its tensor file is not that of its tensors")
+        return header
 
     def prove(self) -> None:
         """Read every frame and every file, and compare with the digests.
@@ -222,7 +233,10 @@ class Pack:
 def parents(pack: Pack) -> Iterator[str]:
     """Names of the packs and directories that a pack needs, the nearest first, as far as they lie beside it."""
     wanted, directory = pack.manifest.parent, pack.file.path.parent
-    while wanted is not None:
+    for _ in range(limits.PARENTS):
+        # No longer than any chain may be: a pack can name itself.
+        if wanted is None:
+            return
         yield wanted.name
         path = directory / wanted.name
         if not path.is_file():
