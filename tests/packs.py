@@ -1,4 +1,4 @@
-"""Packs put together and taken apart by hand, so that a test can seal whatever it likes. Nothing here is adapterpack's.
+"""Packs put together and taken apart by hand, to be sealed whatever they say. Nothing here is adapterpack's.
 
 What the packs mean is in formats/apack/SPEC.md.
 """

@@ -16,7 +16,6 @@ import json
 import shutil
 import struct
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import apack_decoder  # noqa: E402
 import packs  # noqa: E402
-from packs import Maker, Manifest, planes, ramp, sha, small, zstd  # noqa: E402
+from packs import Maker, Manifest, ramp, sha, small, zstd  # noqa: E402
 
 ROOT = HERE.parent / "formats" / "apack"
 Files = dict[str, bytes]
@@ -104,7 +103,11 @@ def stored_cases() -> Bad:
         "manifest-slash": (written(plain.replace(b"runs/notes", b"runs\\/notes")), "invalid", "not written as it"),
         "manifest-key-order": (written(_swapped(plain)), "invalid", "not written as it"),
         "manifest-key-twice": (written(twice), "invalid", "'apack' stands twice"),
-        "manifest-float": (written(plain.replace(b'"source_bytes":0', b'"source_bytes":0.0')), "invalid", "0.0 where"),
+        "manifest-float": (
+            written(plain.replace(b'"source_bytes":0', b'"source_bytes":0.0')),
+            "invalid",
+            "0.0 where",
+        ),
         "manifest-exponent": (written(plain.replace(b'"apack":1', b'"apack":1e0')), "unsupported", "version 1.0"),
         "manifest-nan": (written(plain.replace(b'"source_bytes":0', b'"source_bytes":NaN')), "invalid", "NaN is not"),
         "manifest-surrogate": (written(plain.replace(b"by hand", b"by \\ud800")), "invalid", "surrogates"),
@@ -220,11 +223,11 @@ def field_cases() -> dict[str, tuple[Callable[[Manifest], object], str]]:
         "tensors-in-two-files": (_two_files, "takes more than one file apart"),
         "tensors-too-few": (put("files", 1, "tensors", 3), "belong to no file"),
         "tensors-too-many": (put("files", 1, "tensors", 5), "belong to no file"),
-        "metadata-twice": (put("files", 1, "metadata", [["a", "1"], ["a", "1"]]), "names twice"),
+        "metadata-twice": (put("files", 1, "metadata", [["a", "1"], ["a", "1"]]), "of one name twice"),
         "metadata-object": (put("files", 1, "metadata", {"format": "pt"}), "where a list"),
-        "metadata-and-header": (put("files", 1, "header", [1, 8]), "a stored header and metadata"),
+        "metadata-and-header": (put("files", 1, "header", [1, 8]), "both a stored header and metadata"),
         "header-stream": (_stored_header(9), "a stream that is not there"),
-        "header-of-others": (_stored_header(1), "header"),
+        "header-no-json": (_stored_header(1), "the stored header"),
         "parent-depth-0": (put("parent", {**parent, "depth": 0}), "a parent at no distance"),
         "parent-depth-65": (put("parent", {**parent, "depth": 65}), "where a whole number up to 64"),
         "parent-path": (put("parent", {**parent, "name": "../before"}), "leads outside"),
@@ -329,7 +332,8 @@ def stream_cases() -> dict[str, tuple[Callable[[Manifest], object], str]]:
         "steps-gaps-and-mask": (steps("gaps", "mask"), chain),
         "steps-planes-and-bits": (steps("planes", "bits"), chain),
         "step-narrow-of-2": (steps("narrow", width=2), chain),
-        "step-exponents-of-1": (steps("rotate", "exponents", width=1), chain),
+        "step-rotate-alone": (steps("rotate"), chain),
+        "step-exponents-of-1": (steps("rotate", "exponents", "planes", width=1), chain),
         "step-exponents-alone": (steps("exponents", "planes"), chain),
         "step-sub-without-parent": (steps("sub", "planes"), "to a parent that it lacks"),
         "stream-field-missing": (drop("streams", 0, "width"), "are wanted"),
@@ -342,7 +346,7 @@ def stream_cases() -> dict[str, tuple[Callable[[Manifest], object], str]]:
         "segment-grows": (put("streams", 0, "frames", 0, slice(1, 3), [15, 16]), larger),
         "frame-cuts-a-word": (_cut_word, "cuts a word into two frames"),
         "frame-too-long": (put("streams", 0, "frames", 0, 0, 68), "fills stream 0"),
-        "segment-missing": (put("streams", 0, "frames", 0, slice(-4, None), [32, 32]), "other segments than its chain"),
+        "segment-missing": (put("streams", 0, "frames", 0, slice(1, 5), [32, 32]), "other segments than its chain"),
         "manifest-of-2-to-the-40": (put("files", 0, "size", 1 << 41), "where a whole number"),
     }
 
@@ -423,7 +427,7 @@ def frame_cases() -> Bad:
 def one_dictionary() -> bytes:
     """A frame of a stream with steps that only the dictionary decodes."""
     content = apack_decoder.DICTIONARY[:4096]
-    return raw_frame(zstd(content, dictionary=True), 4096, ["rotate"])
+    return raw_frame(zstd(content, dictionary=True), 4096, ["planes"])
 
 
 def _claiming(frame: bytes, size: int) -> bytes:
@@ -446,7 +450,7 @@ def _window(frame: bytes) -> bytes:
 
 
 def segment_cases() -> Bad:
-    two = struct.pack("<2I", 0, 5)
+    two, numbered = struct.pack("<2I", 0, 5), ["rotate", "exponents", "planes"]
     cases = {
         "gaps-beyond": (4, ["gaps"], 8, [b"\x02", two[4:]], "beyond the frame"),
         "gaps-open": (4, ["gaps"], 8, [b"\x01\xff", two[4:]], "lead to no word"),
@@ -461,18 +465,16 @@ def segment_cases() -> Bad:
         "bits-beyond": (4, ["bits"], 8, [b"\x03", b"\x68"], "bits beyond the last word"),
         "bits-33": (4, ["bits"], 8, [b"\x21", bytes(9)], "packed words of another length"),
         "bits-short": (4, ["bits"], 8, [b"\x05", b"\1"], "packed words of another length"),
-        "bits-not-least": (4, ["bits"], 8, [b"\x05", b"\x20\0"], "more bits than"),
         "bits-no-count": (4, ["bits"], 8, [b"", bytes(1)], "the number of bits takes one byte"),
-        "table-not-in-order": (2, ["rotate", "exponents"], 4, [b"\2\1", bytes(4)], "a table of exponents"),
-        "table-twice": (2, ["rotate", "exponents"], 4, [b"\1\1", bytes(4)], "a table of exponents"),
-        "table-empty": (2, ["rotate", "exponents"], 4, [b"", bytes(4)], "a table of exponents"),
-        "table-of-nothing": (2, ["gaps", "rotate", "exponents"], 4, [b"", b"\0", b""], "a table of exponents"),
-        "table-not-used": (2, ["rotate", "exponents"], 4, [b"\1\2", bytes(4)], "does not occur"),
-        "exponent-beyond": (2, ["rotate", "exponents"], 4, [b"\1\2\3", b"\0\0\0\xc0"], "an exponent beyond"),
-        "exponent-low-bits": (2, ["rotate", "exponents"], 4, [b"\1\2", b"\1\0\0\x80"], "an exponent beyond"),
+        "table-not-in-order": (2, numbered, 4, [b"\2\1", b"\0\0", b"\0\0"], "a table of exponents"),
+        "table-twice": (2, numbered, 4, [b"\1\1", b"\0\0", b"\0\0"], "a table of exponents"),
+        "table-empty": (2, numbered, 4, [b"", b"\0\0", b"\0\0"], "a table of exponents"),
+        "table-of-nothing": (2, ["gaps", *numbered], 4, [b"", b"", b"", b""], "a table of exponents"),
+        "exponent-beyond": (2, numbered, 4, [b"\1\2\3", b"\0\xc0", b"\0\0"], "an exponent beyond"),
+        "exponent-low-bits": (2, numbered, 4, [b"\1\2", b"\0\x80", b"\1\0"], "an exponent beyond"),
         "tail-short": (4, ["planes"], 6, [b"\0"] * 4 + [b"\0"], "other segments than"),
         "tail-missing": (4, ["planes"], 6, [b"\0"] * 4, "other segments than"),
-        "words-short": (4, ["rotate"], 8, [bytes(7)], "of another length"),
+        "words-short": (4, ["mask"], 8, [b"\x02", bytes(3)], "of another length"),
     }
     return {
         name: (one_stream(width, steps, size, segments), "invalid", message)
@@ -580,6 +582,7 @@ def reference_cases() -> dict[str, tuple[bytes, str, str, Files]]:
     """Case to (pack, code, part of the message, other files)."""
     model = "before/adapter_model.safetensors"
     own, renamed, flat = before(), before("v"), before(shape=(256,))
+    itself = sha(packs.safetensors({"w": ramp(16, 16)}))
     sums = {id(files): sha(files[model]) for files in (own, renamed, flat)}
     base = Maker(base="base")
     base.config()
@@ -592,8 +595,9 @@ def reference_cases() -> dict[str, tuple[bytes, str, str, Files]]:
         "parent-without-tensor": (with_parent(sums[id(renamed)]), "invalid", "has no tensor 'w'", renamed),
         "parent-other-shape": (with_parent(sums[id(flat)]), "invalid", shape, flat),
         "parent-other-shape-sub": (with_parent(sums[id(flat)], sub=True), "invalid", shape, flat),
-        "parent-itself": (with_parent(name="pack.apack"), "invalid", "more than 64 packs", {}),
+        "parent-itself": (with_parent(itself, name="pack.apack"), "invalid", "more than 64 packs", {}),
         "sub-of-a-file": (_sub_of_a_file(), "invalid", "something that is no tensor", own),
+        "base-not-named": (packs.changed(base, put("base", None)), "invalid", "cannot place the tensor", {}),
         "base-absent": (base.pack(), "missing-reference", "from its base model, which is not here", {}),
     }
 
@@ -613,7 +617,15 @@ def lines_cases() -> Bad:
     maker.config()
     maker.tensor("w", "F32", (1, 3), bytes(12), ["lines", 0, [0], [0]])
     maker.model()
-    return {"lines-bits-beyond": (maker.pack(), "invalid", "bits beyond the last code")}
+    other = Maker()
+    other.config()
+    other.tensor("w", "F32", (4, 8), ramp(4, 8).tobytes(), 0)
+    other.bytes(ramp(4, 8).tobytes())
+    other.model(header=packs.safetensors({"w": ramp(8, 4)})[:-128])
+    return {
+        "lines-bits-beyond": (maker.pack(), "invalid", "bits beyond the last code"),
+        "header-of-others": (other.pack(), "invalid", "is not that of its tensors"),
+    }
 
 
 def invalid() -> None:

@@ -214,7 +214,6 @@ def _place_fits(m: Manifest, n: int, entry: Entry) -> bool:
             return m.parent is not None
         case FromBase():
             return m.base is not None
-    return True
 
 
 def _size_of(m: Manifest, file: File) -> int:
