@@ -84,9 +84,8 @@ def convert(
     protected = inputs(source, base, init)
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
-        opened = containers.open_checkpoint(
-            source, subfolder=subfolder, allow_pickle=allow_pickle, base=hub.named_base(base)
-        )
+        here = hub.named_base(base)
+        opened = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
         checkpoint = stack.enter_context(opened)
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -234,6 +233,9 @@ def _path() -> Path:
 
 def _machine() -> str:
     """What the order of sums may depend on: processor, libraries, and the switches that they obey."""
+    # Late: it takes as long to load as all methods together.
+    from importlib.metadata import version
+
     facts = [str(_FORMAT), platform.machine(), _processor(), str(BLOCK)]
     for package in ("torch", "numpy"):
         # Two builds of one version differ in their libraries: where it lies and when it came tell them apart.

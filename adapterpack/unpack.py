@@ -22,7 +22,7 @@ from adapterpack.errors import InvalidFile, UsageError, WriteFailed
 from adapterpack.io import atomic, cores
 from adapterpack.io.files import OpenFile, start_writeback
 from adapterpack.io.files import write as write_at
-from adapterpack.tensor import Memory, Source, chunks, digest
+from adapterpack.tensor import Source, chunks, digest
 
 if TYPE_CHECKING:
     from adapterpack.adapter import Progress
@@ -37,7 +37,7 @@ class Unpacked:
         files: How many files.
         bytes: Of all files.
         grade: What was lost when the pack was made: `lossless`: the files are those that were packed.
-        max_error: What was allowed then; None: nothing.
+        error: The relative error that was measured then; None where nothing was lost.
         dropped: What was left out then.
     """
 
@@ -45,7 +45,7 @@ class Unpacked:
     files: int
     bytes: int
     grade: str
-    max_error: float | None
+    error: float | None
     dropped: tuple[str, ...]
 
 
@@ -101,7 +101,7 @@ def unpack(
             files=len(m.files),
             bytes=c.bytes,
             grade=m.grade,
-            max_error=None if m.max_error is None else float(m.max_error),
+            error=None if m.error is None else float(m.error),
             dropped=m.dropped,
         )
 
@@ -216,8 +216,8 @@ class _Restoring:
                 yield n, 0, self.pack.files[file.path]
                 continue
             header = self.pack.header(n)
-            yield n, 0, Memory(header)
-            offset = len(header)
+            yield n, 0, header
+            offset = header.nbytes
             for tensor in self.pack.tensors.values():
                 yield n, offset, tensor.source
                 offset += tensor.nbytes

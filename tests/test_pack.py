@@ -577,8 +577,8 @@ def test_a_base_in_vain_is_said(tmp_path: Path, workshop: Workshop) -> None:
 def series(root: Path, count: int, size: int = 40) -> list[Path]:
     """Checkpoints of one run, each a little further than the one before."""
     rng = np.random.default_rng(8)
-    a = (rng.standard_normal((size, size)) * 0.1).astype(np.float32)
-    fixed = rng.standard_normal((size, size)).astype(np.float32)
+    a = (rng.standard_normal((4, 10 * size)) * 0.1).astype(np.float32)
+    fixed = rng.standard_normal((10 * size, 4)).astype(np.float32)
     found = []
     for n in range(count):
         a = a + (rng.standard_normal(a.shape) * 1e-5).astype(np.float32)

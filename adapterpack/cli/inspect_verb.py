@@ -57,7 +57,10 @@ def _print_pack(p: PackFacts) -> None:
     rows = [
         ["pack", f"{out.size(p.bytes)}, {out.ratio(p.bytes, p.source_bytes)} of its source"],
         ["restores", f"{len(p.files)} files: {', '.join(p.files[:10])}{', ...' if len(p.files) > 10 else ''}"],
-        ["grade", p.grade + (f", error {p.error} of {p.max_error}" if p.error else "")],
+        [
+            "grade",
+            p.grade + (f", error {p.error}" if p.error else "") + (f" of {p.max_error}" if p.max_error else ""),
+        ],
     ]
     if p.not_stored:
         rows.append(["not stored", ", ".join(f"{n} {name}" for name, n in p.not_stored.items())])

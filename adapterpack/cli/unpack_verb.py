@@ -48,7 +48,7 @@ def command(
         click.echo(result.output)
         return
     exact = "every file as it was packed, byte for byte"
-    bound = f"within a relative error of {out.number(result.max_error or 0)} of the adapter that was packed"
+    bound = f"the change of W within {out.number(result.error or 0)} of the adapter that was packed (relative)"
     rows = [
         ["output", result.output],
         ["files", f"{result.files}, {out.size(result.bytes)}, SHA-256 checked"],

@@ -10,8 +10,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 
-import regex
-
 from adapterpack import limits
 from adapterpack.errors import InvalidFile
 
@@ -47,6 +45,9 @@ class Pattern:
             raise InvalidFile(
                 f"{where}: a pattern of {len(text):,} characters; at most {limits.PATTERN_CHARS:,} are run"
             )
+        # Late: most adapters have no patterns.
+        import regex
+
         full = template.replace("{}", text)
         try:
             with warnings.catch_warnings():

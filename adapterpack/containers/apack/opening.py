@@ -11,6 +11,7 @@ from typing import Protocol
 from adapterpack import limits
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import peft
+from adapterpack.containers.apack import layout
 from adapterpack.containers.apack.manifest import Parent, Tensors, Text
 from adapterpack.containers.apack.reader import Pack
 from adapterpack.errors import InvalidFile, MissingReference, PickleRefused, Unsupported
@@ -86,7 +87,7 @@ def _open_parent(
     if wanted is None:
         raise InvalidFile(f"{path} takes tensors from a parent that it does not name")
     for place in _places(path, wanted, given):
-        if not place.exists():
+        if not place.is_file() and not (place / peft.CONFIG).is_file():
             continue
         opened = opener(place, parent=given, base=base, depth=depth + 1)
         stack.callback(opened.close)
@@ -96,7 +97,7 @@ def _open_parent(
         f"{path} is stored as the difference to its parent {wanted.name!r}, which is not "
         + (f"{given}" if given else "beside it")
         + f" (tensor file with SHA-256 {wanted.sha256[:16]}...)",
-        hint=f"put {wanted.name} beside the pack, or name it with --parent",
+        hint=f"put {wanted.name} beside the pack; `unpack --parent` takes it from elsewhere",
     )
 
 
@@ -189,8 +190,13 @@ def _metadata(pack: Pack, weights: int) -> dict[str, str]:
     assert isinstance(content, Tensors)
     if content.header is None:
         return dict(content.metadata or ())
+    source = pack.header(weights)
+    header = source.read(0, source.nbytes)
+    # Who reads the file must find the tensors that whoever reads the pack finds.
+    if not layout.header_lists(header, pack.manifest.tensors, f"{pack.name}: the stored header"):
+        raise InvalidFile(f"{pack.name}: the header of its tensor file is not that of its tensors")
     try:
-        found = json.loads(pack.header(weights)[8:]).get(safetensors.METADATA, {})
+        found = json.loads(header[8:]).get(safetensors.METADATA, {})
         return {str(k): str(v) for k, v in found.items()}
     except (ValueError, AttributeError, RecursionError) as e:
         raise Unsupported(f"{pack.name}: the header of its tensor file cannot be read: {e}") from e

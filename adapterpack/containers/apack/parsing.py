@@ -37,7 +37,7 @@ from adapterpack.io.paths import plain_name
 from adapterpack.tensor import DTYPES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
+_DECIMAL = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?(e[+-][0-9]{1,3})?")
 _GRADES = ("lossless", "equivalent", "approximate")
 
 
@@ -59,6 +59,11 @@ class _Reader:
         if not isinstance(value, str) or len(value.encode()) > most:
             raise self.bad(f"has {value!r:.40} where a text of at most {most:,} bytes is wanted")
         return value
+
+    def decimal(self, value: Any) -> str:
+        if not _DECIMAL.fullmatch(self.text(value, 40)):
+            raise self.bad(f"has {value!r:.40} where a decimal number is wanted")
+        return str(value)
 
     def sha256(self, value: Any) -> str:
         if not isinstance(value, str) or not _SHA256.fullmatch(value):
@@ -82,10 +87,8 @@ class _Reader:
         return value
 
     def manifest(self, r: dict[str, Any]) -> Manifest:
-        optional = {k: None if r[k] is None else self.text(r[k]) for k in ("encoding", "base", "max_error", "error")}
-        for key in ("max_error", "error"):
-            if optional[key] is not None and not _DECIMAL.fullmatch(str(optional[key])):
-                raise self.bad(f"has {optional[key]!r:.40} where a decimal number is wanted")
+        optional = {k: None if r[k] is None else self.text(r[k]) for k in ("encoding", "base")}
+        optional |= {k: None if r[k] is None else self.decimal(r[k]) for k in ("max_error", "error")}
         if r["grade"] not in _GRADES:
             raise self.bad(f"has an unknown grade {r['grade']!r:.40}")
         return Manifest(
