@@ -159,7 +159,7 @@ def _with_others(c: Checkpoint, path: Path, weights_name: str) -> Checkpoint:
 
 
 def _nested(directory: Path, name: str, lost: list[str]) -> Iterator[tuple[str, Source]]:
-    """The files of a folder, unless it is another adapter or leads elsewhere; `lost` gets the names of what is not."""
+    """The files of a folder, unless it is another adapter or leads elsewhere; `lost` gets what is not."""
     entries = [] if directory.is_symlink() or (directory / CONFIG).exists() else _entries(directory)
     if not entries:
         lost.append(name + "/")

@@ -41,6 +41,13 @@ _DECIMAL = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?(e[+-][0-9]{1,3})?")
 _GRADES = ("lossless", "equivalent", "approximate")
 
 
+def _shown(value: Any) -> str:
+    """A value for an error. What is long is not spelled out: that alone could take seconds."""
+    if isinstance(value, (list, dict, str)) and len(value) > 1000:
+        return f"a {type(value).__name__} of {len(value):,}"
+    return f"{value!r:.40}"
+
+
 class _Reader:
     """Takes a parsed manifest apart; everything unexpected is an error that names the pack."""
 
@@ -52,32 +59,32 @@ class _Reader:
 
     def number(self, value: Any, most: int = limits.PACK_BYTES) -> int:
         if type(value) is not int or not 0 <= value <= most:
-            raise self.bad(f"has {value!r:.40} where a whole number up to {most:,} is wanted")
+            raise self.bad(f"has {_shown(value)} where a whole number up to {most:,} is wanted")
         return value
 
     def text(self, value: Any, most: int = limits.NAME_BYTES) -> str:
         if not isinstance(value, str) or len(value.encode()) > most:
-            raise self.bad(f"has {value!r:.40} where a text of at most {most:,} bytes is wanted")
+            raise self.bad(f"has {_shown(value)} where a text of at most {most:,} bytes is wanted")
         return value
 
     def decimal(self, value: Any) -> str:
         if not _DECIMAL.fullmatch(self.text(value, 40)):
-            raise self.bad(f"has {value!r:.40} where a decimal number is wanted")
+            raise self.bad(f"has {_shown(value)} where a decimal number is wanted")
         return str(value)
 
     def sha256(self, value: Any) -> str:
         if not isinstance(value, str) or not _SHA256.fullmatch(value):
-            raise self.bad(f"has {value!r:.40} where a SHA-256 is wanted")
+            raise self.bad(f"has {_shown(value)} where a SHA-256 is wanted")
         return value
 
     def items(self, value: Any, most: int = limits.TENSORS) -> list[Any]:
         if not isinstance(value, list) or len(value) > most:
-            raise self.bad(f"has {value!r:.40} where a list of at most {most:,} is wanted")
+            raise self.bad(f"has {_shown(value)} where a list of at most {most:,} is wanted")
         return value
 
     def row(self, value: Any, length: int) -> list[Any]:
         if not isinstance(value, list) or len(value) != length:
-            raise self.bad(f"has {value!r:.40} where a list of {length} is wanted")
+            raise self.bad(f"has {_shown(value)} where a list of {length} is wanted")
         return value
 
     def record(self, value: Any, keys: set[str]) -> dict[str, Any]:
@@ -168,7 +175,7 @@ class _Reader:
                     raise self.bad("has a step code that is none")
                 numbers = tuple(self.number(c) for c in self.items(classes, limits.DIMENSION))
                 return Lines(axis, tuple(steps), numbers)
-        raise self.bad(f"has a tensor in {value!r:.80}")
+        raise self.bad(f"has a tensor in {_shown(value)}")
 
     def stream(self, value: Any) -> Stream:
         r = self.record(value, {"width", "steps", "frames"})
@@ -224,6 +231,8 @@ def parse(data: bytes, where: str) -> Manifest:
         InvalidFile: not canonical, or nonsense in it.
         Unsupported: of another version.
     """
+    if data.count(b"[") + data.count(b"{") > limits.MANIFEST_LISTS:
+        raise InvalidFile(f"{where}: its manifest has more than {limits.MANIFEST_LISTS:,} lists")
     record = strict_json.parse(data, f"manifest of {where}")
     if type(record.get("apack")) is not int or record["apack"] != VERSION:
         raise Unsupported(
