@@ -428,6 +428,16 @@ def header_says(header: bytes) -> list[tuple[Any, ...]]:
     return [(key, facts["dtype"], facts["shape"], facts["data_offsets"]) for key, facts in spans]
 
 
+def listed_in(file: bytes) -> dict[tuple[Any, ...], bytes]:
+    """(name, dtype, shape) to bytes, of a safetensors file."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    return {(n, d, tuple(s)): file[start + b : start + e] for n, d, s, (b, e) in header_says(file[:start])}
+
+
+def tensors_of(file: bytes) -> dict[str, bytes]:
+    return {key[0]: data for key, data in listed_in(file).items()}
+
+
 def lines(place: list[Any], entry: list[Any], streams: list[Stream], classes: list[Any]) -> bytes:
     _, dtype, shape, _ = entry
     _, axis, steps, kinds = listing(place, 4)
@@ -482,9 +492,7 @@ class Decoder:
         number(facts["depth"], 1, 64), text(facts["name"])
         found = [file for file in (files or {}).values() if digest(file) == hex_digest(facts["sha256"])]
         must(found, "the parent is missing")
-        start = 8 + int.from_bytes(found[0][:8], "little")
-        said = header_says(found[0][:start])
-        return {(n, d, tuple(shape)): found[0][start + b : start + e] for n, d, shape, (b, e) in said}
+        return listed_in(found[0])
 
     def of_parent(self, entry: list[Any]) -> bytes:
         key = (entry[0], entry[1], tuple(entry[2]))

@@ -200,3 +200,22 @@ def adapter(directory: Path, arrays: Mapping[str, np.ndarray], files: Mapping[st
     """An adapter directory of a method that nobody reads."""
     own = {"adapter_config.json": CONFIG, "adapter_model.safetensors": safetensors(arrays, {"format": "pt"})}
     return write_tree(directory, own | dict(files or {}))
+
+
+def read_case(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], bytes]:
+    """What the independent reader makes of `pack.apack` with `parent/` and `base/` beside it: files and manifest."""
+    manifest, _, _ = apack_decoder.manifest_of(files["pack.apack"])
+    base: dict[str, bytes] = {}
+    for path, data in files.items():
+        if path.startswith("base/"):
+            base |= apack_decoder.tensors_of(data)
+    before = manifest["parent"] and _parent(files, manifest["parent"]["name"])
+    return apack_decoder.decode(files["pack.apack"], before, base), apack_decoder.canonical(manifest)
+
+
+def _parent(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
+    """The files of a parent, which is a directory or a pack, that may have a parent itself."""
+    whole = files.get(f"parent/{name}")
+    if whole is None:
+        return {path: data for path, data in files.items() if path.startswith(f"parent/{name}/")}
+    return read_case({**files, "pack.apack": whole})[0]

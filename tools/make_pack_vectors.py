@@ -16,6 +16,7 @@ import json
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -640,10 +641,338 @@ def invalid() -> None:
     print(f"{len(cases)} malformed packs, {sum(len(case[0]) for case in cases.values()):,} bytes")
 
 
+# ---------------------------------------------------------------- vectors
+
+CHAINS = [
+    (width, [*sub, *places, *narrow, *end])
+    for width in (1, 2, 4, 8)
+    for sub in ([], ["sub"])
+    for places in ([], ["gaps"], ["mask"])
+    for narrow in ([], ["narrow"])
+    for end in ([], ["bits"], ["planes"], ["rotate", "planes"], ["rotate", "exponents", "planes"])
+    if (not narrow or width == 4) and ("exponents" not in end or width > 1)
+]
+
+
+def words(width: int, steps: list[str], count: int, seed: int) -> tuple[bytes, bytes]:
+    """Words that suit a chain, and the parent's: near zero, floats, NaN, infinities, negative zeros, all bits."""
+    rng = np.random.default_rng(seed)
+    x = (
+        rng.integers(0, 1 << 8 * width, count, np.uint64, endpoint=False)
+        if width < 8
+        else rng.integers(0, 2**63, count)
+    )
+    if width == 4:
+        x = rng.standard_normal(count).astype(np.float32).view(np.uint32)
+        x[:5] = 0x7FC00001, 0xFF800000, 0x80000000, 0xFFFFFFFF, 1
+    x = x.astype(f"<u{width}")
+    if "bits" in steps:
+        x %= x.dtype.type(50)
+    if "narrow" in steps:
+        x &= x.dtype.type(0xFFFF0000)
+    if {"gaps", "mask"} & set(steps):
+        x[rng.random(count) < 0.7] = 0
+    before = x.copy() if "narrow" in steps else x + rng.integers(-3, 4, count).astype(x.dtype)
+    if {"gaps", "mask"} & set(steps):
+        before = np.where(rng.random(count) < 0.7, x, before).astype(x.dtype)
+    return x.tobytes(), before.tobytes()
+
+
+def split(width: int, steps: list[str], raw: bytes, before: bytes = b"") -> list[bytes]:
+    """What adapterpack's own chain makes of a frame."""
+    from adapterpack.codecs.chain import Chain
+
+    old = np.frombuffer(before, np.uint8) if before else None
+    return [part.tobytes() for part in Chain(width, tuple(steps)).split(np.frombuffer(raw, np.uint8), old)]
+
+
+def every_step() -> Files:
+    """Each chain that needs no parent, with a frame of 60 words and one of a few and a part of a word."""
+    maker, files = Maker(), []
+    for n, (width, steps) in enumerate(chain for chain in CHAINS if "sub" not in chain[1]):
+        raw, _ = words(width, steps, 66, n)
+        raw += b"tail567"[: width - 1]
+        parts = (raw[: 60 * width], raw[60 * width :])
+        files.append(
+            (f"{n:02}.bin", raw, maker.stream(width, steps, [(len(p), split(width, steps, p)) for p in parts]))
+        )
+    maker.config()
+    for name, raw, stream in files:
+        maker.file(name, raw, stream=stream)
+    return {"pack.apack": maker.pack()}
+
+
+UNSIGNED = {1: "U8", 2: "U16", 4: "F32", 8: "U64"}
+
+
+def every_step_from_a_parent() -> Files:
+    """Each chain with `sub`: two tensors in one stream, cut into frames elsewhere."""
+    maker, old = Maker(), Maker()
+    for n, (width, steps) in enumerate(chain for chain in CHAINS if "sub" in chain[1]):
+        raw, before = words(width, steps, 40, 100 + n)
+        cuts = (slice(0, 32 * width), slice(32 * width, None))
+        frames = [(len(raw[cut]), split(width, steps, raw[cut], before[cut])) for cut in cuts]
+        stream = maker.stream(width, steps, frames)
+        for part, cut in (("a", slice(0, 16 * width)), ("b", slice(16 * width, None))):
+            shape = [len(raw[cut]) // width]
+            maker.tensor(f"{n:02}.{part}", UNSIGNED[width], shape, raw[cut], stream)
+            old.tensor(f"{n:02}.{part}", UNSIGNED[width], shape, before[cut], 0)
+    maker.config()
+    model = old.model({"format": "pt"})
+    maker.manifest["parent"] = {"depth": 1, "name": "before", "sha256": sha(model)}
+    maker.model({"format": "pt"})
+    where = "parent/before"
+    return {
+        "pack.apack": maker.pack(),
+        f"{where}/adapter_config.json": packs.CONFIG,
+        f"{where}/adapter_model.safetensors": model,
+    }
+
+
+def every_dtype() -> Files:
+    maker = Maker()
+    rng = np.random.default_rng(1)
+    shapes: tuple[list[int], ...] = ([], [4], [0], [2, 0, 3], [2, 4], [1] * 8)
+    for n, dtype in enumerate(sorted(apack_decoder.BITS)):
+        for shape in shapes:
+            size = apack_decoder.BITS[dtype] * int(np.prod(shape, dtype=int))
+            if size % 8 == 0 and (shape != shapes[5] or n % 5 == 0):
+                data = rng.bytes(size // 8)
+                maker.tensor(f"{dtype}.{'x'.join(map(str, shape))}", dtype, shape, data, maker.bytes(data))
+    maker.config()
+    maker.model()
+    return {"pack.apack": maker.pack()}
+
+
+def headers() -> dict[str, Files]:
+    """Canonical headers with and without metadata, and headers that are stored."""
+    found: dict[str, Files] = {}
+    listed: dict[str, dict[str, str] | None] = {
+        "none": None,
+        "empty": {},
+        "several": {"z": "1", "a": "\u00e9\n", "": "2"},
+    }
+    for name, metadata in listed.items():
+        maker = Maker()
+        data = ramp(2, 3).tobytes()
+        maker.tensor("b", "F32", (2, 3), data, maker.bytes(data))
+        maker.tensor('a "\\\u2028', "F32", (6,), data, ["same", 0])
+        maker.config()
+        maker.model(metadata)
+        found[f"header-{name}"] = {"pack.apack": maker.pack()}
+    maker = Maker()
+    data = ramp(2, 3).tobytes()
+    maker.tensor("b", "F32", (2, 3), data, maker.bytes(data))
+    maker.tensor("a", "F32", (6,), data, ["same", 0])
+    maker.config()
+    entries = {
+        "a": {"shape": [6], "dtype": "F32", "data_offsets": [24, 48]},
+        "b": {"data_offsets": [0, 24], "dtype": "F32", "shape": [2, 3]},
+        "__metadata__": {"format": "pt"},
+    }
+    header = json.dumps(entries, indent=1).encode() + b" \n\t"
+    maker.model(header=struct.pack("<Q", len(header)) + header)
+    found["header-stored"] = {"pack.apack": maker.pack()}
+    return found
+
+
+def texts() -> Files:
+    maker = Maker(dropped=["file \u00e4\u2028.bin", 'folder "x"/'], encoding=None, method="\u00fc\u1e9e")
+    config = '{"peft_type": "\u00dc\u1e9e",\t"note": "\u2028\\u0001 \U0001f600 \x7f"}\r\n'.encode()
+    stream = maker.bytes(b"abc" * 3)
+    empty = maker.bytes(b"")
+    maker.config(config)
+    for path in ("\u00e9/\u6f22 \U0001f600.md", "a/b/c/d/e.txt", ".hidden"):
+        maker.file(path, b"abc", stream=stream)
+    maker.file("nothing", b"", stream=empty)
+    maker.file("control.txt", b'\0\1\x1f\x7f\b\f\\"', text='\0\1\x1f\x7f\b\f\\"')
+    return {"pack.apack": maker.pack()}
+
+
+def made_recipes() -> Files:
+    """Every arithmetic and dtype, and seeds below zero and above 32 bits."""
+    import torch
+
+    from adapterpack.recipes import Recipe, Uniform
+    from adapterpack.tensor import DTYPES
+
+    assert torch
+    maker = Maker()
+    kinds = (
+        (11, "fused", "F32", "F32"),
+        (-5, "two-roundings", "F32", "F32"),
+        (2**32 + 77, "fused", "BF16", "F32"),
+        (0, "fused", "F16", "F32"),
+        (3, "two-roundings", "BF16", "BF16"),
+        (4, "fused", "F32", "F16"),
+    )
+    for n, (seed, arithmetic, through, stored) in enumerate(kinds):
+        draws = (Uniform("vera_A", (3, 40), 0.3), Uniform("vera_B", (24, 3), 1.5))
+        made = Recipe(seed, draws, arithmetic, DTYPES[through], DTYPES[stored])
+        tensors = {name: tensor.source.read(0, tensor.nbytes) for name, tensor in made.draw().items()}
+        record = json.loads(made.to_metadata())
+        record["recipe"]["sha256"] = {name: sha(data) for name, data in tensors.items()}
+        maker.manifest["recipes"].append(record)
+        for draw in draws:
+            maker.tensor(f"{n}.{draw.name}", stored, draw.shape, tensors[draw.name], ["recipe", n, draw.name])
+    maker.config()
+    maker.model()
+    return {"pack.apack": maker.pack()}
+
+
+def quantised() -> dict[str, Files]:
+    from adapterpack import containers
+    from adapterpack.codecs.lines import Quantised
+    from adapterpack.containers import apack
+    from adapterpack.tensor import F32, Tensor
+
+    rng = np.random.default_rng(12)
+    sources = []
+    for axis, tops in ((0, [3, 100, 3, 100, 0]), (1, [2000, 1 << 19, 1, (1 << 20) - 1]), (0, [])):
+        codes = np.zeros((len(tops), 23), np.int32)
+        for line, top in zip(codes, tops, strict=True):
+            line[:] = rng.integers(-top, top + 1, 23)
+        sources.append(Quantised(codes, tuple([-1024, 511, -77, 0, 8][: len(tops)]), axis))
+    tensors = {}
+    for n, source in enumerate(sources):
+        shape = source.codes.shape if source.axis == 0 else source.codes.shape[::-1]
+        tensors[f"w{n}"] = Tensor(F32, (int(shape[0]), int(shape[1])), source)
+    with tempfile.TemporaryDirectory() as where:
+        c = containers.Checkpoint(name="made", config=json.loads(packs.CONFIG), tensors=tensors)
+        facts = apack.Facts("other", None, "approximate", 1, "0.01", "0.00123")
+        target = Path(where) / "pack.apack"
+        apack.write_pack(c, target, {}, facts, apack.References(), overwrite=False, protected=(), jobs=1)
+        made = target.read_bytes()
+    # By hand: all numbers of low bits in one tensor, columns, and a tensor of one dimension. 255 is the least code.
+    maker = Maker(grade="approximate", max_error="0.01", error="1.5e-05")
+    high, low = maker.bytes(bytes([1, 2, 255] * 15)), maker.bytes(_low_bits())
+    maker.manifest["classes"] = [[low_bits, high, low] for low_bits in range(14)]
+    maker.config()
+    steps = [-1024, -1, 0, 1, 7, 8, 511, *range(20, 27)]
+    values = [_line(low_bits, step) for low_bits, step in zip(range(14), steps, strict=True)]
+    grid = np.array(values, np.float32)
+    maker.tensor("columns", "F32", (3, 14), grid.T.tobytes(), ["lines", 1, steps, list(range(14))])
+    maker.tensor("flat", "F32", (3,), np.array(_line(0, 0), np.float32).tobytes(), ["lines", 0, [0], [0]])
+    maker.model()
+    return {"lines": {"pack.apack": made}, "lines-by-hand": {"pack.apack": maker.pack()}}
+
+
+def _low_bits() -> bytes:
+    """For each number of bits, three codes whose lower parts are 0, all ones, and alternating."""
+    out = b""
+    for n in range(14):
+        number = (((1 << n) - 1) << n) | ((0x1555 & ((1 << n) - 1)) << 2 * n)
+        out += number.to_bytes(-(-3 * n // 8), "little")
+    return out
+
+
+def _line(n: int, j: int) -> list[float]:
+    codes = []
+    for high, low in zip((1, 2, 255), (0, (1 << n) - 1, 0x1555 & ((1 << n) - 1)), strict=True):
+        z = (high << n) + low
+        codes.append(z // 2 if z % 2 == 0 else -(z + 1) // 2)
+    return [q * (8 + j % 8) * 2.0 ** (j // 8 - 3) for q in codes]
+
+
+def directories() -> dict[str, Files]:
+    """What adapterpack makes of directories."""
+    import adapterpack
+
+    formats = ROOT.parent
+    rng = np.random.default_rng(9)
+    a = (rng.standard_normal((4, 300)) * 0.1).astype(np.float32)
+    b = rng.standard_normal((300, 4)).astype(np.float32)
+    later = {
+        packs.Q.format("A"): a + (rng.standard_normal(a.shape) * 1e-6).astype(np.float32),
+        packs.Q.format("B"): b,
+    }
+    last = {**later, packs.Q.format("A"): later[packs.Q.format("A")] + np.float32(1e-6)}
+    first = {packs.Q.format("A"): a, packs.Q.format("B"): b}
+    state = {"optimizer.pt": rng.bytes(500) + bytes(900), "trainer_state.json": b"{}", "runs/1/events": b"e" * 99}
+    found: dict[str, Files] = {}
+    with tempfile.TemporaryDirectory() as where:
+        root = Path(where)
+
+        def pack(name: str, source: Path, *more: Path, **options: Any) -> Path:
+            target = root / "made" / f"{name}.apack"
+            target.parent.mkdir(exist_ok=True)
+            adapterpack.compress(source, target, jobs=1, **options)
+            found[name] = {"pack.apack": target.read_bytes()}
+            for path in more:
+                inside = packs.tree(path) if path.is_dir() else {"": path.read_bytes()}
+                found[name] |= {f"parent/{path.name}/{p}".rstrip("/"): data for p, data in inside.items()}
+            return target
+
+        steps = [packs.adapter(root / f"step-{n}", arrays) for n, arrays in enumerate((first, later, last))]
+        pack("lora", adapter(formats / "lora" / "vectors" / "linear-llama", root / "lora"))
+        pack("vblora", adapter(formats / "vblora" / "vectors" / "topk-k2", root / "vblora"))
+        pack("vera", adapter(formats / "vera" / "vectors" / "projection-bf16-base", root / "vera"))
+        pack(
+            "trainer",
+            packs.adapter(
+                root / "trainer", {"w": b, "same": b, "narrow": narrow(b), "i": (b * 3).astype(np.int32)}, state
+            ),
+        )
+        pickle = packs.write_tree(root / "pickle", {"adapter_config.json": packs.LORA, "adapter_model.bin": b"\x80"})
+        pack("pickle", pickle)
+        whole = pack("series-0", steps[0])
+        between = pack("series-1", steps[1], whole, parent=whole)
+        pack("series-2", steps[2], whole, between, parent=between)
+        pack("after-a-directory", steps[1], steps[0], parent=steps[0])
+        model = packs.write_tree(root / "base", {"model.safetensors": packs.safetensors({"embed.weight": b}, {})})
+        tied = packs.adapter(root / "tied", {"w": a, "saved": b})
+        base_pack = pack("base", tied, base=model)
+        found["base"] |= {"base/model.safetensors": (model / "model.safetensors").read_bytes()}
+        found["base"]["pack.apack"] = _portable(base_pack.read_bytes(), str(model))
+    return found
+
+
+def adapter(vector: Path, destination: Path) -> Path:
+    """The adapter of another format's vector, without what is expected of it."""
+    files = {path: data for path, data in packs.tree(vector).items() if path.startswith("adapter_")}
+    return packs.write_tree(destination, files)
+
+
+def narrow(array: np.ndarray) -> np.ndarray:
+    return (array.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _portable(data: bytes, name: str) -> bytes:
+    """The same pack with another name for its base: where it lay is of no interest."""
+    manifest, frames = packs.take_apart(data)
+    assert manifest["base"] == name
+    return packs.seal({**manifest, "base": "tiny/base"}, frames)
+
+
+def vectors() -> None:
+    where = ROOT / "vectors" / "v1"
+    if where.exists():
+        sys.exit(f"{where} is there: vectors are written once and never again")
+    made = {
+        "every-step": every_step(),
+        "every-step-from-a-parent": every_step_from_a_parent(),
+        "every-dtype": every_dtype(),
+        "texts": texts(),
+        "recipes": made_recipes(),
+        **headers(),
+        **quantised(),
+        **directories(),
+    }
+    total = 0
+    for name, files in made.items():
+        restored, plain = packs.read_case(files)
+        expect = {"files": {path: sha(data) for path, data in sorted(restored.items())}, "manifest": sha(plain)}
+        packs.write_tree(where / name, {**files, "expect.json": text(expect)})
+        size = sum(map(len, files.values()))
+        total += size
+        print(f"{name:28}{size:8,} bytes, {len(restored)} files")
+    print(f"{len(made)} packs, {total:,} bytes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["vectors", "invalid"])
-    {"invalid": invalid}[parser.parse_args().what]()
+    {"invalid": invalid, "vectors": vectors}[parser.parse_args().what]()
 
 
 if __name__ == "__main__":
