@@ -123,6 +123,11 @@ class Joined:
         self._ends = list(itertools.accumulate(part.nbytes for part in self._parts))
         self.nbytes = self._ends[-1] if self._ends else 0
 
+    def ends(self, start: int, stop: int) -> list[int]:
+        """Where one part ends and the next begins, inside (start, stop)."""
+        first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._ends, stop)
+        return self._ends[first:last]
+
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop), all of them."""
         found: list[bytes] = []

@@ -164,12 +164,22 @@ def noise(segment: Array) -> bool:
     return float(-(p * np.log2(p)).sum()) + (p.size - 1) / (2 * sample.size * 0.6931) > _NOISE_BITS
 
 
-def store(segment: Array, levels: Sequence[int], dictionary: bytes = b"") -> bytes:
-    """A segment as it is stored: the shortest of itself and of zstd frames at some levels."""
+def store(segment: Array, levels: Sequence[int], dictionary: bytes = b"", cuts: Sequence[int] = ()) -> bytes:
+    """A segment as it is stored: the shortest of itself and of zstd frames.
+
+    Args:
+        segment: uint8.
+        levels: zstd levels to try.
+        dictionary: For zstd.
+        cuts: Where Huffman tables may change, tried too.
+    """
     raw = segment.tobytes()
     if noise(segment):
         return raw
-    return min([raw, *(zstd.compress(raw, level, dictionary) for level in levels)], key=len)
+    tried = [raw, *(zstd.compress(raw, level, dictionary) for level in levels)]
+    if cuts:
+        tried.append(zstd.compress(raw, zstd.HUFFMAN, dictionary, cuts))
+    return min(tried, key=len)
 
 
 def restore(stored: bytes, size: int, where: str, dictionary: bytes = b"") -> Array:

@@ -44,14 +44,16 @@ def step_values(codes: Sequence[int] | Array) -> Array:
     j = np.asarray(codes, dtype=np.int64)
     if j.size and (int(j.min()) not in STEPS or int(j.max()) not in STEPS):
         raise InvalidFile("a step code out of range")
-    return np.ldexp((8 + j % 8).astype(np.float64), j // 8 - 3)
+    values: Array = (8 + j % 8) * 2.0 ** (j // 8 - 3)
+    return values
 
 
-def nearest_steps(values: Array) -> Array:
+def nearest_steps(values: Sequence[float] | Array) -> Array:
     """int64, the codes of the steps nearest to positive finite numbers; the ends of the range where there is none."""
     fraction, exponent = np.frexp(np.asarray(values, dtype=np.float64))
     j = 8 * (exponent.astype(np.int64) - 1) + np.rint(fraction * 16).astype(np.int64) - 8
-    return np.clip(j, STEPS.start, STEPS.stop - 1)
+    found: Array = np.clip(j, STEPS.start, STEPS.stop - 1)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,13 +270,14 @@ def _joined(groups: list[_Group], lines: int) -> list[_Group]:
                     both = x.with_(y)
                     saved = sum(g.bits + g.label_bits(lines) for g in (x, y)) - both.bits - both.label_bits(lines)
                     gains[pair] = (saved, both)
-        pair, (saved, both) = max(gains.items(), key=lambda g: (g[1][0], g[0]), default=((0, 0), (0.0, None)))
-        if both is None or saved <= 0:
+        best = max(gains, key=lambda p: (gains[p][0], p), default=None)
+        if best is None or gains[best][0] <= 0:
             return [alive[n] for n in sorted(alive)]
-        gains = {p: g for p, g in gains.items() if not set(p) & set(pair)}
-        for n in pair:
+        both = gains[best][1]
+        gains = {p: g for p, g in gains.items() if not set(p) & set(best)}
+        for n in best:
             del alive[n]
-        fresh = [max((*alive, *pair)) + 1]
+        fresh = [max((*alive, *best)) + 1]
         alive[fresh[0]] = both
 
 

@@ -133,7 +133,10 @@ def exponents(top: Array, below: Array) -> tuple[Array, Array, Array]:
         numbers[exponent] = n
     number = np.frombuffer(top.tobytes().translate(bytes(numbers)), np.uint8)
     spare = _spare(len(used))
-    return np.frombuffer(used, np.uint8), _left(number, spare) | _right(below, 8 - spare), _left(below, spare)
+    if not spare:
+        return np.frombuffer(used, np.uint8), number, below
+    up, down = np.uint8(spare), np.uint8(8 - spare)
+    return np.frombuffer(used, np.uint8), (number << up) | (below >> down), below << up
 
 
 def unexponents(table: Array, top: Array, below: Array) -> tuple[Array, Array]:
@@ -141,20 +144,11 @@ def unexponents(table: Array, top: Array, below: Array) -> tuple[Array, Array]:
     if not table.size or np.any(table[1:] <= table[:-1]):
         raise InvalidFile("a table of exponents that is not in order")
     spare = _spare(table.size)
-    number = _right(top, spare)
+    number = top >> np.uint8(spare)
     if top.size and (int(number.max()) >= table.size or int(np.bitwise_or.reduce(below)) & ((1 << spare) - 1)):
         raise InvalidFile("an exponent beyond its table")
     exponent = np.frombuffer(number.tobytes().translate(table.tobytes().ljust(256, b"\0")), np.uint8)
-    return exponent, _left(top, 8 - spare) | _right(below, spare)
-
-
-def _left(x: Array, n: int) -> Array:
-    """Bytes shifted left; by 8 there is nothing left."""
-    return x << np.uint8(n) if n < 8 else np.zeros_like(x)
-
-
-def _right(x: Array, n: int) -> Array:
-    return x >> np.uint8(n) if n < 8 else np.zeros_like(x)
+    return exponent, (top << np.uint8(8 - spare)) | (below >> np.uint8(spare)) if spare else below
 
 
 def _used(top: Array) -> bytes:
@@ -171,8 +165,8 @@ def _used(top: Array) -> bytes:
 
 
 def _spare(used: int) -> int:
-    """Bits of a byte that the numbers of so many exponents leave free."""
-    return 8 - (used - 1).bit_length()
+    """How far the mantissa moves up beside so many exponents: 7 bits together are what a Huffman coder does best."""
+    return max(0, 7 - (used - 1).bit_length())
 
 
 def planes(x: Array) -> list[Array]:

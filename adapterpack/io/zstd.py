@@ -7,8 +7,9 @@ readers take a truncated frame for a short one.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from adapterpack import limits
@@ -67,13 +68,14 @@ def _mine(kind: str, make: Callable[[], Any], *key: object) -> Any:
     return kept[key]
 
 
-def compress(data: Any, level: int, dictionary: bytes = b"") -> bytes:
+def compress(data: bytes, level: int, dictionary: bytes = b"", cuts: Sequence[int] = ()) -> bytes:
     """One frame that states its content size; no checksum, since a SHA-256 guards the stored bytes.
 
     Args:
-        data: A buffer.
+        data: The content.
         level: 1 to 22, or `HUFFMAN`.
         dictionary: What is taken to stand before it, without any header.
+        cuts: Positions in it, ascending, at which a new block begins: with a Huffman table of its own, if that pays.
     """
     import zstandard
 
@@ -85,6 +87,11 @@ def compress(data: Any, level: int, dictionary: bytes = b"") -> bytes:
         level,
         dictionary,
     )
+    if cuts:
+        stream, parts = compressor.compressobj(size=len(data)), []
+        for start, stop in itertools.pairwise((0, *cuts)):
+            parts += [stream.compress(data[start:stop]), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+        return b"".join((*parts, stream.compress(data[cuts[-1] :]), stream.flush()))
     result: bytes = compressor.compress(data)
     return result
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterpack.codecs.chain import Chain, store
+from adapterpack.containers.apack.file import dictionary
 from adapterpack.containers.apack.placing import StreamPlan
 from adapterpack.io import zstd
-from adapterpack.tensor import Source
+from adapterpack.tensor import Joined, Source
 
 if TYPE_CHECKING:
     from adapterpack.tensor import Array
@@ -26,7 +27,9 @@ _THOROUGH = 512 << 10
 _WILLING = 2 << 20
 """Up to so many, where it pays on a sample."""
 _PATIENT = 8 << 20
-"""The same for text."""
+"""Text up to so many bytes gets the best level."""
+_CUT_WORDS = 4096
+"""Fewer words than this are not worth a table of their own."""
 _SPARSE = 0.01
 """Share of zero words from which on they may be worth leaving out."""
 
@@ -38,14 +41,27 @@ class Choice:
     Attributes:
         levels: zstd levels to try on each segment.
         frame: Bytes of a frame.
+        cut: Is it worth while to let Huffman tables change where another tensor begins?
     """
 
     chain: Chain
     levels: tuple[int, ...]
     frame: int
+    cut: bool = False
+
+    def store(self, segments: list[Array], cuts: list[int], words: int) -> list[bytes]:
+        """Segments of a frame as they are stored.
+
+        Args:
+            segments: As the chain splits the frame.
+            cuts: Where tensors begin in it, in words.
+            words: How many words it has. (Planes of fewer bytes are not cut: words are left out there.)
+        """
+        dictionary = dictionary_of(self.chain)
+        return [store(s, self.levels, dictionary, cuts if self.cut and s.size == words else ()) for s in segments]
 
 
-def choose(stream: StreamPlan, source: Source, before: Source | None, total: int) -> Choice:
+def choose(stream: StreamPlan, source: Joined, before: Source | None, total: int) -> Choice:
     """The chain that makes a sample smallest; of equal ones the simplest.
 
     Args:
@@ -56,26 +72,46 @@ def choose(stream: StreamPlan, source: Source, before: Source | None, total: int
     """
     if stream.noise:
         return Choice(Chain(1), (), BYTES_FRAME)
-    sample = list(_sample(stream, source, before))
+    places = _places(source.nbytes)
+    sample = [(_raw(source, *place), None if before is None else _raw(before, *place)) for place in places]
     best, smallest = Chain(1), None
     for chain in _candidates(stream, sample):
         size = sum(_size(chain, raw, old) for raw, old in sample)
         if smallest is None or size < smallest:
             best, smallest = chain, size
     if best.steps:
-        return Choice(best, _levels(best, sample, source.nbytes, total), WORDS_FRAME)
+        cut = _cut_pays(best, source, sample)
+        return Choice(best, _levels(best, sample, source.nbytes, total), WORDS_FRAME, cut)
     return Choice(best, (zstd.HUFFMAN, _BEST if source.nbytes <= _PATIENT else _FAIR), BYTES_FRAME)
 
 
-def _sample(stream: StreamPlan, source: Source, before: Source | None) -> Iterator[tuple[Array, Array | None]]:
+def dictionary_of(chain: Chain) -> bytes:
+    """What zstd frames of a chain are coded with."""
+    return dictionary() if chain.text else b""
+
+
+def cuts_in(source: Joined, start: int, stop: int, width: int) -> list[int]:
+    """Where parts begin in [start, stop), in words, none of them close behind the one before."""
+    found: list[int] = []
+    for end in source.ends(start, stop):
+        at = (end - start) // width
+        if at - (found[-1] if found else 0) >= _CUT_WORDS:
+            found.append(at)
+    return found
+
+
+def _places(nbytes: int) -> list[tuple[int, int]]:
+    """[start, stop) of a few samples."""
+    if nbytes <= _SAMPLES * _SAMPLE:
+        return [(0, nbytes)]
+    step = nbytes // _SAMPLES // 8 * 8
+    return [(start, start + _SAMPLE) for start in range(0, _SAMPLES * step, step)]
+
+
+def _raw(source: Source, start: int, stop: int) -> Array:
     import numpy as np
 
-    whole = source.nbytes <= _SAMPLES * _SAMPLE
-    step = source.nbytes // _SAMPLES // 8 * 8
-    for start in (0,) if whole else range(0, _SAMPLES * step, step):
-        stop = source.nbytes if whole else start + _SAMPLE
-        old = None if before is None else np.frombuffer(before.read(start, stop), np.uint8)
-        yield np.frombuffer(source.read(start, stop), np.uint8), old
+    return np.frombuffer(source.read(start, stop), np.uint8)
 
 
 def _candidates(stream: StreamPlan, sample: list[tuple[Array, Array | None]]) -> Iterator[Chain]:
@@ -89,7 +125,8 @@ def _candidates(stream: StreamPlan, sample: list[tuple[Array, Array | None]]) ->
         return
     plain: list[tuple[str, ...]] = [("planes",)] if width > 1 else [()]
     if stream.kind == "float":
-        plain = [("rotate", "planes"), ("rotate", "exponents", "planes")]
+        # As they are: for values of one sign near 1, whose exponents do not tell them apart.
+        plain = [("rotate", "planes"), ("rotate", "exponents", "planes"), ("planes",)]
         if stream.narrow:
             plain = [("narrow", *steps) for steps in plain]
     else:
@@ -125,3 +162,16 @@ def _levels(chain: Chain, sample: list[tuple[Array, Array | None]], nbytes: int,
     huffman = sum(len(store(s, (zstd.HUFFMAN,))) for s in segments)
     both = sum(len(store(s, (zstd.HUFFMAN, further))) for s in segments)
     return (zstd.HUFFMAN, further) if both < (0.998 if further == _BEST else 0.995) * huffman else (zstd.HUFFMAN,)
+
+
+def _cut_pays(chain: Chain, source: Joined, sample: list[tuple[Array, Array | None]]) -> bool:
+    """Do the tensors of a stream differ so much that tables of their own are smaller?"""
+    plain = cut = 0
+    for (start, stop), (raw, old) in zip(_places(source.nbytes), sample, strict=True):
+        cuts = cuts_in(source, start, stop, chain.width)
+        for segment in chain.split(raw, old):
+            best = len(store(segment, (zstd.HUFFMAN,)))
+            plain += best
+            whole = segment.size == raw.size // chain.width
+            cut += min(best, len(store(segment, (), cuts=cuts))) if cuts and whole else best
+    return cut < 0.998 * plain

@@ -49,7 +49,7 @@ class _Coder:
 
     def __init__(self, plan: StreamPlan) -> None:
         self.plan = plan
-        self.source: Source = Joined(plan.parts)
+        self.source = Joined(plan.parts)
         self.before: Source | None = None if plan.before is None else Joined(plan.before)
         self.choice: Choice | None = None
 
@@ -76,8 +76,9 @@ class _Coder:
         if self.chain.from_parent and self.before is not None:
             before = np.frombuffer(self.before.read(start, stop), np.uint8)
         segments = self.chain.split(raw, before)
-        dictionary = outer.dictionary() if self.chain.text else b""
-        stored = [chains.store(segment, self.choice.levels, dictionary) for segment in segments]
+        cuts = choosing.cuts_in(self.source, start, stop, self.chain.width) if self.choice.cut else []
+        stored = self.choice.store(segments, cuts, raw.size // self.chain.width)
+        dictionary = choosing.dictionary_of(self.chain)
         again = [chains.restore(s, g.size, "a new frame", dictionary) for s, g in zip(stored, segments, strict=True)]
         if not np.array_equal(self.chain.join(again, raw.size, before), raw):
             raise WriteFailed("a frame does not decode to what was coded: memory or this version is faulty")
