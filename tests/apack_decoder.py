@@ -31,11 +31,7 @@ KEYS = (
     *("producer", "recipes", "source_bytes", "streams", "tensors"),
 )
 STEPS = ["sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits"]
-RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
-    f"{d}{n}" for d in ("com", "lpt") for n in "123456789¹²³"
-}
-
-
+RESERVED = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)}
 DICTIONARY = (Path(__file__).parent.parent / "formats" / "apack" / "dictionary").read_bytes()
 
 
@@ -176,7 +172,7 @@ def undo_exponents(words: np.ndarray, width: int, table: np.ndarray) -> np.ndarr
     must(k and (np.diff(table.astype(int)) > 0).all(), "a table that is empty or does not ascend")
     shift = np.uint64(8 * width - 16)
     top = words >> shift
-    v = np.uint64(8 - (k - 1).bit_length())
+    v = np.uint64(max(0, 7 - (k - 1).bit_length()))
     must(not (top & (np.uint64(1) << v) - np.uint64(1)).any(), "bits below an index")
     index = (top >> v >> np.uint64(8)).astype(int)
     must(index.max(initial=0) < k, "an index outside the table")
@@ -382,7 +378,7 @@ def check_paths(paths: list[Any]) -> None:
         for part in parts:
             must(part not in ("", ".", "..") and len(part.encode()) <= 255, f"a path: {path!r:.80}")
             must(not re.search(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|]|[. ]$', part), f"a path: {path!r:.80}")
-            must(part.casefold().split(".")[0].rstrip() not in RESERVED, f"a reserved name: {path!r:.80}")
+            must(part.lower().split(".")[0].rstrip() not in RESERVED, f"a reserved name: {path!r:.80}")
         folded = path.casefold().split("/")
         must("/".join(folded) not in files, "a path twice")
         files.add("/".join(folded))
@@ -469,7 +465,10 @@ class Decoder:
             must(m[key] is None or text(m[key]) is not None, key)
         text(m["producer"]), text(m["method"])
         for key in ("max_error", "error"):
-            must(m[key] is None or re.fullmatch(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", m[key]), "no decimal number")
+            must(
+                m[key] is None or re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?(e[+-][0-9]{1,3})?", m[key]),
+                "no decimal number",
+            )
         number(m["source_bytes"])
         for line in listing(m["dropped"]):
             text(line, MIB)
