@@ -448,6 +448,7 @@ def lines(place: list[Any], entry: list[Any], streams: list[Stream], classes: li
         z = np.frombuffer(high, np.uint8).astype(np.int64) << low
         z |= bit_words(streams[low_stream].take((length * low + 7) // 8), length, low).astype(np.int64)
         q = np.where(z % 2 == 0, z // 2, -(z + 1) // 2)
+        must((abs(q) < 2**20).all(), "a code beyond 20 bits")
         step = float(8 + number(j, -1024, 511) % 8) * 2.0 ** (j // 8 - 3)
         out[i] = q * step
     return np.ascontiguousarray(out if axis == 0 else out.T).tobytes()

@@ -623,7 +623,14 @@ def lines_cases() -> Bad:
     other.tensor("w", "F32", (4, 8), ramp(4, 8).tobytes(), 0)
     other.bytes(ramp(4, 8).tobytes())
     other.model(header=packs.safetensors({"w": ramp(8, 4)})[:-128])
+    least = Maker()
+    high, low = least.bytes(b"\xff"), least.bytes(b"\xff\x1f")
+    least.manifest["classes"] = [[13, high, low]]
+    least.config()
+    least.tensor("w", "F32", (1, 1), np.float32(-(1 << 20)).tobytes(), ["lines", 0, [0], [0]])
+    least.model()
     return {
+        "lines-least-code": (least.pack(), "invalid", "a code beyond 1048575"),
         "lines-bits-beyond": (maker.pack(), "invalid", "bits beyond the last code"),
         "header-of-others": (other.pack(), "invalid", "is not that of its tensors"),
     }

@@ -180,7 +180,10 @@ class Pack:
                 codes[row] = join(high.read(0, high.nbytes), low.read(0, low.nbytes), line.low)
             except InvalidFile as e:
                 raise InvalidFile(f"{self.name}: {entry.name!r:.100}: {e.message}") from e
-        return Quantised(codes, place.steps, place.axis)
+        try:
+            return Quantised(codes, place.steps, place.axis)
+        except InvalidFile as e:
+            raise InvalidFile(f"{self.name}: {entry.name!r:.100}: {e.message}") from e
 
     @cached_property
     def files(self) -> Mapping[str, Source]:
