@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapterpack import quantise_lora
 from adapterpack.adapter import Adapter, Param, Progress
-from adapterpack.codecs.lines import LARGEST, Quantised, classes, step_values
+from adapterpack.codecs.lines import LARGEST, Quantised, classes, line_shape, step_values
 from adapterpack.errors import InvalidFile
 from adapterpack.methods import _lora_resizing, vblora
 from adapterpack.quantise_lora import Made, equal, matrix, stored_now
@@ -239,7 +239,8 @@ def _weights(tensor: Tensor, j: int) -> Quantised | None:
     codes = np.rint(old / step).astype(np.int32)
     largest = codes.argmax(axis=1)
     codes[np.arange(len(codes)), largest] -= np.maximum(codes.sum(axis=1) - most, 0).astype(np.int32)
-    return Quantised(np.ascontiguousarray(codes.reshape(1, -1)), (j,))
+    rows = line_shape(tensor.shape, 0)
+    return Quantised(np.ascontiguousarray(codes.reshape(rows)), (j,) * rows[0])
 
 
 # -- VeRA --------------------------------------------------------------------------------------------------

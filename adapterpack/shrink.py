@@ -25,6 +25,7 @@ from adapterpack.convert import (
 )
 from adapterpack.methods import _lora_resizing
 from adapterpack.methods._keys import render
+from adapterpack.quantise import quantised
 from adapterpack.tensor import BF16, F16
 
 
@@ -86,7 +87,9 @@ def _compressed(
             outcome = _without_copies(adapter, model)
             reference = outcome.adapter
         outcome = _equivalent(method, outcome, request)
-    if request.max_error is not None:
+    if request.max_error is not None and target.suffix == apack.SUFFIX:
+        outcome = _quantised(method, outcome, request, model, progress)
+    elif request.max_error is not None:
         outcome = _smallest((method, reference), outcome, request, model, progress)
     measured = measure((method, reference), outcome, request, model, progress)
     refuse_loss(measured, request.max_error)
@@ -131,6 +134,16 @@ def _without_copies(a: Adapter, model: Base) -> Outcome:
     kept = {t: e for t, e in a.replaced.items() if t not in copies}
     dropped = tuple(f"{key}: equal to the base's" for key in copies.values())
     return Outcome(replace(a, replaced=kept, changed=True), Grade.EQUIVALENT, dropped)
+
+
+def _quantised(
+    method: Method, start: Outcome, request: Request, model: Base | None, progress: Progress | None
+) -> Outcome:
+    """Whole numbers of steps in place of values: only packs store them small."""
+    assert request.max_error is not None
+    made = quantised(method, start.adapter, request, model, request.max_error, progress)
+    grade = min(start.grade, made.grade)
+    return Outcome(made.adapter, grade, (*start.dropped, *made.dropped), (*start.notes, *made.notes))
 
 
 def _smallest(

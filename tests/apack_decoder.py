@@ -438,9 +438,9 @@ def lines(place: list[Any], entry: list[Any], streams: list[Stream], classes: li
     _, dtype, shape, _ = entry
     _, axis, steps, kinds = listing(place, 4)
     must(dtype == "F32" and type(axis) is int and axis in (0, 1), "lines of another dtype or axis")
-    grid = shape if len(shape) == 2 else [1, int(np.prod(shape, dtype=object))]
-    must(len(shape) == 2 or axis == 0, "columns of what has not two dimensions")
-    count, length = (grid[0], grid[1]) if axis == 0 else (grid[1], grid[0])
+    few = len(shape) < 2
+    rows, columns = 1 if few else shape[0], int(np.prod(shape if few else shape[1:], dtype=object))
+    count, length = (rows, columns) if axis == 0 or few else (columns, rows)
     out = np.zeros((count, length), np.float32)
     for i, (j, c) in enumerate(zip(listing(steps, count), listing(kinds, count), strict=True)):
         low, high_stream, low_stream = classes[number(c, 0, len(classes) - 1)]
@@ -451,7 +451,7 @@ def lines(place: list[Any], entry: list[Any], streams: list[Stream], classes: li
         must((abs(q) < 2**20).all(), "a code beyond 20 bits")
         step = float(8 + number(j, -1024, 511) % 8) * 2.0 ** (j // 8 - 3)
         out[i] = q * step
-    return np.ascontiguousarray(out if axis == 0 else out.T).tobytes()
+    return np.ascontiguousarray(out if axis == 0 or few else out.T).tobytes()
 
 
 class Decoder:

@@ -46,6 +46,10 @@ LAYERS = [
         "rest",
         "svd",
         "initial",
+        "waterfilling",
+        "quantise_lora",
+        "quantise_experts",
+        "quantise_rounds",
     },
     {
         "inspect",
@@ -53,6 +57,7 @@ LAYERS = [
         "convert",
         "compress",
         "shrink",
+        "quantise",
         "pack",
         "unpack",
         "resize",

@@ -198,6 +198,37 @@ def test_16_bit_adapters_too(name, workshop, tmp_path: Path) -> None:
         assert quantised(adapter, 2e-5, base=base).grade is Grade.LOSSLESS
 
 
+def test_a_pack_gives_every_kind_of_line_back(workshop, tmp_path: Path) -> None:
+    """Kernels, bare parameters, vectors, weights of k > 2; tensors that are equal are stored once."""
+    some = [c for c in (*CONVOLUTIONS, *PARAMETERS) if c.name in (*KERNELS, "experts-mixtral")]
+    some += [cases.BY_NAME[n] for n in ("linear-llama", "lora-bias", "full-k4", "projection-mixed", "dora-linear")]
+    for case in some:
+        adapter, base = workshop.adapter(case), workshop.base_of(case)
+        packed = tmp_path / f"{case.name}.apack"
+        with containers.open_checkpoint(adapter) as c, Base(base) as model:
+            method, a = methods.parse(c)
+            model.bind(a.targets())
+            outcome = quantise.quantised(method, a, Request(TorchBackend("cpu"), model), model, 0.05)
+            containers.write_checkpoint(render(outcome.adapter), packed, overwrite=False, sources=())
+        with containers.open_checkpoint(packed) as back:
+            wanted = outcome.adapter.tensors()
+            assert back.tensors.keys() == wanted.keys()
+            quantised_keys = [p.key for p in outcome.adapter.params() if isinstance(p.tensor.source, Quantised)]
+            assert quantised_keys and all(back.tensors[k].equals(wanted[k]) for k in quantised_keys)
+        assert adapterpack.verify(adapter, packed, base=base, max_error=0.05).equal
+
+
+def test_a_pack_of_equal_lines(workshop, files, tmp_path: Path) -> None:
+    """Modules whose change is nothing are alike, and lines of others come behind them."""
+    wide = tmp_path / "wide"
+    trained_like(wide, 8, [(900, 900)] * 4)
+    zero = {k: torch.zeros_like(t) for k, t in files.tensors(wide).items() if ".1." in k or ".2." in k}
+    edited = files.edited(wide, tmp_path / "zero", {k: t for k, t in zero.items() if "lora_B" in k})
+    outcome = quantised(edited, 0.05, tmp_path / "q.apack")
+    assert len(sources(outcome)) == 8
+    assert adapterpack.verify(edited, tmp_path / "q.apack", max_error=0.05).equal
+
+
 @pytest.mark.parametrize("name", DORA)
 def test_without_a_base_each_parameter_of_dora_is_within_the_error(name, workshop, tmp_path: Path) -> None:
     adapter, base = workshop.pair(name)

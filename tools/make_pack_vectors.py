@@ -852,14 +852,19 @@ def quantised() -> dict[str, Files]:
         made = target.read_bytes()
     # By hand: all numbers of low bits in one tensor, columns, and a tensor of one dimension. 255 is the least code.
     maker = Maker(grade="approximate", max_error="0.01", error="1.5e-05")
-    high, low = maker.bytes(bytes([1, 2, 255] * 15)), maker.bytes(_low_bits())
+    high, low = maker.bytes(bytes([1, 2, 255] * 19)), maker.bytes(_low_bits())
     maker.manifest["classes"] = [[low_bits, high, low] for low_bits in range(14)]
     maker.config()
     steps = [-1024, -1, 0, 1, 7, 8, 511, *range(20, 27)]
     values = [_line(low_bits, step) for low_bits, step in zip(range(14), steps, strict=True)]
     grid = np.array(values, np.float32)
     maker.tensor("columns", "F32", (3, 14), grid.T.tobytes(), ["lines", 1, steps, list(range(14))])
-    maker.tensor("flat", "F32", (3,), np.array(_line(0, 0), np.float32).tobytes(), ["lines", 0, [0], [0]])
+    for n, shape in enumerate(((3,), (3,), (1, 3, 1), (3, 1, 1), (1, 1, 3), (0, 2, 3), (2, 0))):
+        flat = np.array(_line(0, 0), np.float32).tobytes() if 0 not in shape else b""
+        lines = {5: 6, 6: 2}.get(n, 1)
+        # Where no line has a byte, there are lines nevertheless.
+        axis = {1: 1, 3: 1, 5: 1}.get(n, 0)
+        maker.tensor(f"flat-{n}", "F32", shape, flat, ["lines", axis, [0] * lines, [0] * lines])
     maker.model()
     return {"lines": {"pack.apack": made}, "lines-by-hand": {"pack.apack": maker.pack()}}
 

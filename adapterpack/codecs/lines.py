@@ -56,6 +56,18 @@ def nearest_steps(values: Sequence[float] | Array) -> Array:
     return found
 
 
+def line_shape(shape: Sequence[int], axis: int) -> tuple[int, int]:
+    """(lines, length) of a tensor: the first dimension by all others is a matrix, a vector one line.
+
+    Args:
+        axis: 0: lines are rows; 1: columns.
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (rows, columns) if axis == 0 else (columns, rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Quantised:
     """Where the bytes of a quantised tensor come from: little-endian f32 values, row by row.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from adapterpack import limits
+from adapterpack.codecs.lines import line_shape
 from adapterpack.containers.apack.manifest import (
     Drawn,
     Entry,
@@ -99,7 +100,7 @@ def _place(layout: Layout, m: Manifest, index: int, entry: Entry) -> None:
         case InStream(stream):
             layout.tensors[index] = layout.take(stream, entry.nbytes)
         case Lines(axis, _, classes):
-            length = line_length(entry.shape, axis)
+            _, length = line_shape(entry.shape, axis)
             layout.lines[index] = [
                 LinePieces(
                     m.classes[c].low,
@@ -108,16 +109,6 @@ def _place(layout: Layout, m: Manifest, index: int, entry: Entry) -> None:
                 )
                 for c in classes
             ]
-
-
-def line_length(shape: Shape, axis: int) -> int:
-    """Values of one line; a tensor of other than two dimensions is one row."""
-    return math.prod(shape) if len(shape) != 2 else shape[1 - axis]
-
-
-def line_count(shape: Shape, axis: int) -> int:
-    """How many lines there are."""
-    return 1 if len(shape) != 2 else shape[axis]
 
 
 @dataclass(frozen=True)
@@ -207,7 +198,7 @@ def _place_fits(m: Manifest, n: int, entry: Entry) -> bool:
                 d.name == name and d.shape == entry.shape and m.recipes[recipe].stored == entry.dtype for d in draws
             )
         case Lines(axis, steps, classes):
-            lines = line_count(entry.shape, axis)
+            lines, _ = line_shape(entry.shape, axis)
             good = entry.dtype == F32 and len(steps) == len(classes) == lines
             return good and all(c < len(m.classes) for c in classes)
         case FromParent():

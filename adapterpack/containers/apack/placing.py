@@ -142,8 +142,9 @@ def _add_tensors(plan: Placing, c: Checkpoint, references: References) -> None:
     groups: dict[tuple[object, ...], int] = {}
     for name, tensor in tensors.items():
         where = drawn.get(name) or _elsewhere(name, tensor, references) or _seen(plan, tensor, tensors, seen)
-        if where is None and isinstance(tensor.source, lines.Quantised):
-            where = Lines(tensor.source.axis, tensor.source.steps, next(classes))
+        if isinstance(tensor.source, lines.Quantised):
+            own = Lines(tensor.source.axis, tensor.source.steps, next(classes))
+            where = own if where is None else where
         if where is None:
             where = InStream(_grouped(plan, groups, name, tensor, references))
         plan.uses_base |= isinstance(where, FromBase)

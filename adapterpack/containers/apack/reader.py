@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from adapterpack import limits
 from adapterpack.codecs import chain as chains
-from adapterpack.codecs.lines import Quantised, join
+from adapterpack.codecs.lines import Quantised, join, line_shape
 from adapterpack.containers.apack import file as outer
 from adapterpack.containers.apack import layout
 from adapterpack.containers.apack.layout import Layout, Piece
@@ -172,7 +172,7 @@ class Pack:
     def _lines(self, n: int, entry: Entry, place: Lines) -> Source:
         import numpy as np
 
-        length = layout.line_length(entry.shape, place.axis)
+        _, length = line_shape(entry.shape, place.axis)
         codes = np.empty((len(place.classes), length), np.int32)
         for row, line in enumerate(self.layout.lines[n]):
             high, low = (Stored(self._streams, piece) for piece in (line.high_part, line.low_part))
