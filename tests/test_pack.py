@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,15 @@ from adapterpack.adapter import Progress
 from adapterpack.codecs.chain import Chain
 from adapterpack.codecs.lines import Quantised
 from adapterpack.containers import apack
-from adapterpack.errors import AdapterpackError, InvalidFile, MissingReference, UsageError, WriteFailed
+from adapterpack.containers.apack import choosing
+from adapterpack.errors import (
+    AdapterpackError,
+    ChangedWhileReading,
+    InvalidFile,
+    MissingReference,
+    UsageError,
+    WriteFailed,
+)
 from adapterpack.tensor import F32, Tensor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -693,6 +702,29 @@ def test_every_verb_takes_a_pack(name: str, workshop: Workshop, tmp_path: Path) 
         assert {p: d for p, d in ours.items() if p.endswith(".safetensors")} == {
             p: d for p, d in theirs.items() if p.endswith(".safetensors")
         }
+
+
+# ---------------------------------------------------------------- a source that changes meanwhile
+
+
+@pytest.mark.parametrize("name", ["README.md", "optimizer.pt", "runs/events", WEIGHTS])
+def test_a_file_that_changes_while_it_is_packed_gives_no_pack(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _mixed(tmp_path)
+    choose = choosing.choose
+
+    def late(*arguments: Any) -> Any:
+        # Between the reading that is hashed and the one that is coded; as many bytes as before.
+        time.sleep(0.2)
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return choose(*arguments)
+
+    monkeypatch.setattr(choosing, "choose", late)
+    with pytest.raises(ChangedWhileReading, match=name):
+        packed(source, tmp_path / "a.apack")
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
 
 
 # ---------------------------------------------------------------- destinations

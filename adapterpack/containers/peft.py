@@ -146,14 +146,15 @@ def _with_others(c: Checkpoint, path: Path, weights_name: str) -> Checkpoint:
         if not entry.is_file():
             left.append(entry.name)
             continue
-        size = entry.stat().st_size
+        found = WholeFile.seen(entry)
+        size = found.nbytes
         total += size
         if entry.name in (CONFIG, weights_name):
             continue
         if is_carried(entry.name, size):
-            files[entry.name] = WholeFile(entry, size)
+            files[entry.name] = found
         else:
-            state[entry.name] = WholeFile(entry, size)
+            state[entry.name] = found
             left.append(entry.name)
     return replace(c, files=files, state=state, left=tuple(left), lost=tuple(lost), bytes=total)
 
@@ -167,7 +168,7 @@ def _nested(directory: Path, name: str, lost: list[str]) -> Iterator[tuple[str, 
         if entry.is_dir():
             yield from _nested(entry, f"{name}/{entry.name}", lost)
         elif entry.is_file():
-            yield f"{name}/{entry.name}", WholeFile(entry, entry.stat().st_size)
+            yield f"{name}/{entry.name}", WholeFile.seen(entry)
         else:
             lost.append(f"{name}/{entry.name}")
 
