@@ -12,8 +12,8 @@ from adapterpack.adapter import Adapter, LowRank, Param, Progress
 from adapterpack.codecs.lines import LARGEST, Quantised, classes, nearest_steps, step_value, step_values
 from adapterpack.methods import _lora_resizing, _lowrank
 from adapterpack.methods._lora_resizing import Cut, Part
+from adapterpack.quantise.waterfilling import Lines, Search, Steps, single_steps, steps_for
 from adapterpack.tensor import F32, Tensor, numpy_dtype
-from adapterpack.waterfilling import Lines, Search, Steps, single_steps, steps_for
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend

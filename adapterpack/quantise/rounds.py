@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from adapterpack import quantise_lora
 from adapterpack.adapter import Adapter, Param, Progress
 from adapterpack.codecs.lines import LARGEST, Quantised, classes, line_shape, step_values
 from adapterpack.errors import InvalidFile
 from adapterpack.methods import _lora_resizing, vblora
-from adapterpack.quantise_lora import Made, equal, matrix, stored_now
+from adapterpack.quantise import lora
+from adapterpack.quantise.lora import Made, equal, matrix, stored_now
+from adapterpack.quantise.waterfilling import Search
 from adapterpack.tensor import F32, Tensor
-from adapterpack.waterfilling import Search
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
@@ -59,7 +59,7 @@ class New:
     def into(self, a: Adapter) -> Adapter:
         """The adapter with them."""
         if self.made:
-            a = quantise_lora.rewritten(a, dict(self.made))
+            a = lora.rewritten(a, dict(self.made))
         modules = {m: dict(params) for m, params in a.modules.items()}
         shared = dict(a.shared)
         for (module, name), tensor in self.tensors.items():
@@ -209,7 +209,7 @@ def vblora_units(a: Adapter, xp: Backend) -> list[Unit]:
     def weights_at(step: float) -> New | None:
         made = {}
         # Coarser ones could leave no weight at all to a sub-vector.
-        steps = quantise_lora.steps_near(min(step, 0.25 / longest), len(weights))
+        steps = lora.steps_near(min(step, 0.25 / longest), len(weights))
         for (place, tensor), j in zip(weights.items(), steps, strict=True):
             source = _weights(tensor, j)
             if source is None:
@@ -279,7 +279,7 @@ def dora_units(a: Adapter, xp: Backend) -> list[Unit]:
         name = part.name
 
         def factors(error: float, part: _lora_resizing.Part = part) -> New | None:
-            made = quantise_lora.module(xp, part, error)
+            made = lora.module(xp, part, error)
             return None if made is None else New(made={part.name: made})
 
         pieces = [Piece(sum(t.numel for t in part.module.pair), factors)]
@@ -298,7 +298,7 @@ def dora_by_parameter(a: Adapter, xp: Backend, max_error: float) -> New:
         for name, param in part.module.params.items():
             old = param.tensor
             if name in _MAGNITUDES:
-                new = quantise_lora.vector(xp, param, max_error).tensor
+                new = lora.vector(xp, param, max_error).tensor
             elif name in _FACTORS:
                 axis = int(name.endswith("B"))
                 made = matrix(xp, _lines(xp, old, axis), max_error, axis)
@@ -318,6 +318,6 @@ def _lines(xp: Backend, tensor: Tensor, axis: int) -> Array:
 
 def vectors(a: Adapter, xp: Backend, max_error: float) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """`lora_bias` of the modules that have one, each within the error."""
-    for name, new in quantise_lora.biases(a, xp, max_error):
+    for name, new in lora.biases(a, xp, max_error):
         if new is not a.modules[name]["lora_bias"]:
             yield (name, "lora_bias"), new.tensor

@@ -6,12 +6,11 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-from adapterpack import quantise_experts, quantise_lora
-from adapterpack import quantise_rounds as rounds
 from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
 from adapterpack.codecs.lines import Quantised
 from adapterpack.methods import vblora
 from adapterpack.methods._keys import flag
+from adapterpack.quantise import experts, lora, rounds
 from adapterpack.verify import compare
 
 if TYPE_CHECKING:
@@ -89,8 +88,8 @@ def _made(
     """New parameters, and notes."""
     xp = request.xp
     if a.method == "lora" and not flag(a.config, "use_dora"):
-        made = quantise_lora.modules(a, xp, max_error, progress)
-        tensors = quantise_experts.tensors(a, xp, request.shapes, max_error, progress)
+        made = lora.modules(a, xp, max_error, progress)
+        tensors = experts.tensors(a, xp, request.shapes, max_error, progress)
         return rounds.New(tensors | dict(rounds.vectors(a, xp, max_error)), made), ()
     if a.method == "lora":
         biases = rounds.New(dict(rounds.vectors(a, xp, max_error)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adapterpack.adapter import Adapter, LowRank, Progress, Shapes
 from adapterpack.codecs.lines import Quantised, classes
 from adapterpack.methods._parameters import Level, levels
-from adapterpack.quantise_lora import codes_of, stored_now
+from adapterpack.quantise.lora import codes_of, stored_now
 from adapterpack.tensor import F32, Tensor
 
 if TYPE_CHECKING:
