@@ -60,20 +60,10 @@ def open_adapter(
     config = strict_json.parse(config_bytes, str(config_path))
     if not isinstance(config.get("peft_type"), str):
         raise InvalidFile(f"{config_path} does not say its peft_type", hint="PEFT writes it; restore the file")
-    files, state, left, total = _other_files(path, weights_name)
-    found = Checkpoint(
-        name=str(path),
-        config=config,
-        tensors={},
-        config_bytes=config_bytes,
-        files=files,
-        state=state,
-        left=left,
-        bytes=total,
-    )
+    found = _with_others(Checkpoint(str(path), config, {}, config_bytes=config_bytes), path, weights_name)
     weights_path = path / weights_name
     if not weights_path.exists():
-        return found if opaque and state else _pickle(path, found, allow_pickle)
+        return found if opaque and found.state else _pickle(path, found, allow_pickle)
     file = OpenFile(weights_path)
     try:
         header = safetensors.read(file)
@@ -141,41 +131,46 @@ def is_carried(path: str, size: int) -> bool:
     return text and not index and not nested and size <= limits.CARRIED_BYTES and name not in _TRAINER_STATE
 
 
-def _other_files(path: Path, weights_name: str) -> tuple[dict[str, Source], dict[str, Source], tuple[str, ...], int]:
-    """Files that are carried, those that only packs carry, names of all that are not, and the bytes of all files."""
+def _with_others(c: Checkpoint, path: Path, weights_name: str) -> Checkpoint:
+    """The checkpoint with what lies beside its config and its weights."""
     files: dict[str, Source] = {}
     state: dict[str, Source] = {}
     left: list[str] = []
+    lost: list[str] = []
     total = 0
     for entry in _entries(path):
         if entry.is_dir():
             left.append(entry.name + "/")
-            state.update(_nested(entry, entry.name))
+            state.update(_nested(entry, entry.name, lost))
             continue
         if not entry.is_file():
             left.append(entry.name)
             continue
-        size = entry.stat().st_size
+        found = WholeFile.seen(entry)
+        size = found.nbytes
         total += size
         if entry.name in (CONFIG, weights_name):
             continue
         if is_carried(entry.name, size):
-            files[entry.name] = WholeFile(entry, size)
+            files[entry.name] = found
         else:
-            state[entry.name] = WholeFile(entry, size)
+            state[entry.name] = found
             left.append(entry.name)
-    return files, state, tuple(left), total
+    return replace(c, files=files, state=state, left=tuple(left), lost=tuple(lost), bytes=total)
 
 
-def _nested(directory: Path, name: str) -> Iterator[tuple[str, Source]]:
-    """The files of a folder, unless it is another adapter or leads elsewhere."""
-    if directory.is_symlink() or (directory / CONFIG).exists():
-        return
-    for entry in _entries(directory):
+def _nested(directory: Path, name: str, lost: list[str]) -> Iterator[tuple[str, Source]]:
+    """The files of a folder, unless it is another adapter or leads elsewhere; `lost` gets what is not."""
+    entries = [] if directory.is_symlink() or (directory / CONFIG).exists() else _entries(directory)
+    if not entries:
+        lost.append(name + "/")
+    for entry in entries:
         if entry.is_dir():
-            yield from _nested(entry, f"{name}/{entry.name}")
+            yield from _nested(entry, f"{name}/{entry.name}", lost)
         elif entry.is_file():
-            yield f"{name}/{entry.name}", WholeFile(entry, entry.stat().st_size)
+            yield f"{name}/{entry.name}", WholeFile.seen(entry)
+        else:
+            lost.append(f"{name}/{entry.name}")
 
 
 def _pickle(path: Path, found: Checkpoint, allow: bool) -> Checkpoint:
