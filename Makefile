@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults engines lint bench clean
+.PHONY: demo test faults fuzz engines lint bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,8 +20,12 @@ test: $(STAMP)  ## lint, types and every test that needs no GPU
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-faults: $(STAMP)  ## kill and fail system calls at every write and rename (Linux, strace)
+faults: $(STAMP)  ## kill and fail system calls at every write and rename, fill disks (Linux, strace)
 	$(BIN)/python -m pytest -m faults
+
+fuzz: $(STAMP)  ## mutated input for every reader, FUZZ_SECONDS each (atheris; inputs that fail are kept in fuzz-failures/)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,fuzz]'
+	$(BIN)/python tests/fuzz/run.py
 
 engines: $(STAMP)  ## vLLM's own loader and a real llama.cpp read what `convert --for` writes (tests/test_engine_proofs.py)
 	$(BIN)/python -m pytest -m engines

@@ -32,6 +32,7 @@ class Checkpoint:
         weights_sha256: Of the tensor file, where it is known without reading it.
         state: What only a lossless pack carries: pickles, optimizer state, other weights, files in folders.
         left: Names of what conversions do not carry: all of `state`, folders, and what is no regular file.
+        lost: Names of what lies in folders and not even packs carry: other adapters, links to folders, empty ones.
         bytes: Sum of all files of the directory, folders not counted.
         pack: The pack that it lies in; None: a directory.
         at_hand: Are the values here? Else it lies on the Hub, and the first value that is read fetches all of them.
@@ -47,6 +48,7 @@ class Checkpoint:
     weights_sha256: str | None = None
     state: Mapping[str, Source] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     bytes: int = 0
     pack: Pack | None = field(default=None, repr=False)
     at_hand: bool = True

@@ -43,6 +43,8 @@ ZSTD_WINDOW_LOG = 23
 """Largest window of a zstd frame: 8 MiB."""
 MANIFEST_BYTES = 64 << 20
 """Longest manifest of a pack, decompressed."""
+MANIFEST_LISTS = 1 << 22
+"""Most brackets in a manifest: an empty list is three bytes of it and sixty of memory."""
 FRAME_BYTES = 64 << 20
 """Most bytes that one frame of a pack holds, decompressed."""
 FRAMES = 1 << 20

@@ -125,6 +125,8 @@ def _files(c: Checkpoint, adapter_only: bool) -> tuple[dict[str, Source], tuple[
         del state[peft.WEIGHTS]
     inside = {path.partition("/")[0] + "/" for path in state if "/" in path}
     left = [name for name in c.left if name not in state and name not in inside]
+    # Of a folder that is left as a whole nothing else need be said.
+    left += [name for name in c.lost if name.partition("/")[0] + "/" not in left]
     return {**c.files, **state}, tuple(f"{'folder' if n.endswith('/') else 'file'} {n}" for n in left)
 
 

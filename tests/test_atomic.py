@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -298,6 +299,27 @@ def test_a_failed_directory_sync_says_that_the_new_thing_is_in_place(
     monkeypatch.undo()
     _write(place / "a", "again", overwrite=True)
     assert _names(place) == ["a"]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_a_leftover_that_cannot_be_removed_is_no_failure_of_a_file(
+    place: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """Some systems say no even where nothing is left to remove: the file is in place all the same."""
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    target = place / "out.apack"
+    if old:
+        target.write_bytes(b"old")
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with atomic.staged_file(target, overwrite=True) as stage:
+        atomic.write(stage, b"new")
+    assert target.read_bytes() == b"new"
+    with pytest.raises(WriteFailed, match="no room"), atomic.staged_file(target, overwrite=True) as stage:
+        raise WriteFailed("no room")
+    assert target.read_bytes() == b"new"
 
 
 def test_a_second_rename_that_fails_puts_the_old_thing_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ FOLDERS = sorted(p for p in FORMATS.iterdir() if p.is_dir())
 HEADERS = FORMATS / "safetensors"
 BASES = FORMATS / "quantised"
 """Base models, no adapters: test_quantised.py walks them."""
+PACKS = FORMATS / "apack"
+"""Files, no directories: test_pack_formats.py walks them."""
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -42,8 +44,8 @@ def _name(path: Path) -> str:
     return path.relative_to(FORMATS).as_posix()
 
 
-VECTORS = [case for case in _cases("vectors") if case.parent.parent != BASES]
-INVALID = [case for case in _cases("invalid") if case.parent.parent not in (HEADERS, BASES)]
+VECTORS = [case for case in _cases("vectors") if case.parent.parent not in (BASES, PACKS)]
+INVALID = [case for case in _cases("invalid") if case.parent.parent not in (HEADERS, BASES, PACKS)]
 INVALID_HEADERS = [case for case in _cases("invalid") if case.parent.parent == HEADERS]
 
 
@@ -60,7 +62,7 @@ def _files(case: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=_name)
 def test_a_format_is_prose_and_data_and_nothing_else(folder: Path) -> None:
-    assert {p.name for p in folder.iterdir()} <= {"SPEC.md", "vectors", "invalid"}
+    assert {p.name for p in folder.iterdir()} <= {"SPEC.md", "vectors", "invalid", "dictionary"}
     assert len((folder / "SPEC.md").read_text().splitlines()) > 20
     assert any((folder / "invalid").iterdir())
     if folder != HEADERS:

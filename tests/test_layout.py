@@ -48,10 +48,6 @@ LAYERS = [
         "rest",
         "svd",
         "initial",
-        "waterfilling",
-        "quantise_lora",
-        "quantise_experts",
-        "quantise_rounds",
     },
     {
         "inspect",

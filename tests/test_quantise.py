@@ -20,7 +20,7 @@ from test_convolutions import CONVOLUTIONS
 from test_experts import PARAMETERS
 
 import adapterpack
-from adapterpack import containers, methods, quantise, waterfilling
+from adapterpack import containers, methods, quantise
 from adapterpack.adapter import Grade, Outcome, Request
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
@@ -28,6 +28,7 @@ from adapterpack.codecs import lines
 from adapterpack.codecs.lines import Quantised
 from adapterpack.errors import InvalidFile
 from adapterpack.methods._keys import render
+from adapterpack.quantise import waterfilling
 
 ROOT = Path(__file__).parent.parent
 ERRORS = (6e-3, 2.4e-2, 9.6e-2)

@@ -44,7 +44,7 @@ local_options = options(
 
 
 def token_option(f: F) -> F:
-    """`--token`, in use while the verb runs: no verb sees it, so none can print it. And bars for bytes, if watched."""
+    """`--token`, in use while the verb runs: no verb sees it, so none can print it. And bars for bytes."""
 
     @functools.wraps(f)
     def call(*args: Any, token: str | None, **kwargs: Any) -> Any:
@@ -117,11 +117,13 @@ def share_one_heap() -> None:
         ctypes.CDLL(None).mallopt(-8, 1)
 
 
-def keep_freed_memory() -> None:
-    """Let blocks of a few MB be used again instead of fetched from the system anew, which costs more than the work.
+def work_in_blocks() -> None:
+    """What threads that work on blocks of a few MB each want of a process; its own affair, so it stands here.
 
-    It is this process's own affair, so it stands here and not in the library.
+    They ask for the interpreter often and briefly: a thread that has it gives it up after half a millisecond, not
+    five. And freed blocks are used again instead of fetched from the system anew, which costs more than the work.
     """
+    sys.setswitchinterval(0.0005)
     with contextlib.suppress(OSError, AttributeError):
         # glibc, malloc.h: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
         ctypes.CDLL(None).mallopt(-3, 64 << 20)

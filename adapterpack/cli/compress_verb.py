@@ -58,7 +58,7 @@ def command(
     top k, values that 16 bits hold exactly take 16 bits, copies go. VeRA keeps its projections: PEFT
     redraws them differently on other bases; `convert --to seed` drops them.
     """
-    out.keep_freed_memory()
+    out.work_in_blocks()
     with out.progress(quiet or as_json) as progress:
         result = compress(
             source,

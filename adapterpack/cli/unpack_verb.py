@@ -29,7 +29,7 @@ def command(
     quiet: bool,
 ) -> None:
     """Restore every file of a pack into the directory DST, each proven by its SHA-256."""
-    out.keep_freed_memory()
+    out.work_in_blocks()
     with out.progress(quiet or as_json) as progress:
         result = unpack(
             source,

@@ -50,7 +50,7 @@ class Chain:
             and not ("exponents" in self.steps and (self.width == 1 or "rotate" not in self.steps))
         )
         if not fits:
-            raise InvalidFile(f"no chain of steps: {self.width} {' '.join(self.steps)}"[:200])
+            raise InvalidFile(f"no chain of steps: {self.width} {' '.join(self.steps)!r:.150}")
 
     @property
     def text(self) -> bool:

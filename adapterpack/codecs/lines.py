@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterpack.errors import InvalidFile
+from adapterpack.io import zstd
 
 if TYPE_CHECKING:
     from adapterpack.tensor import Array
@@ -318,17 +319,4 @@ def stored_size(tensors: Sequence[Quantised]) -> int:
 
 
 def _coded(data: bytes) -> int:
-    import zstandard
-
-    huffman = zstandard.ZstdCompressionParameters(
-        strategy=zstandard.STRATEGY_FAST,
-        window_log=17,
-        hash_log=6,
-        chain_log=6,
-        search_log=1,
-        min_match=7,
-        # Any other target length switches the Huffman coding of literals off in this strategy.
-        target_length=0,
-    )
-    coders = (zstandard.ZstdCompressor(compression_params=huffman), zstandard.ZstdCompressor(level=19))
-    return min(len(data), *(len(c.compress(data)) for c in coders))
+    return min(len(data), *(len(zstd.compress(data, level)) for level in (zstd.HUFFMAN, 19)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from adapterpack import limits
@@ -53,7 +53,11 @@ def open_adapter(
     else:
         path = _choose(path, subfolder)
     return _open(
-        Folder(path), weights_name, _other_files(path, weights_name), allow_pickle=allow_pickle, opaque=opaque
+        Folder(path),
+        weights_name,
+        lambda c: _with_others(c, path, weights_name),
+        allow_pickle=allow_pickle,
+        opaque=opaque,
     )
 
 
@@ -73,21 +77,22 @@ def open_remote(folder: Folder, sizes: Mapping[str, int], *, opaque: bool = Fals
     for name, size in sorted(sizes.items()):
         if name not in (CONFIG, WEIGHTS):
             (files if is_carried(name, size) else state)[name] = FileIn(folder, name, size)
-    others = _Others(files, state, tuple(state), sum(sizes.values()))
-    return _open(folder, WEIGHTS, others, allow_pickle=False, opaque=opaque)
+    total = sum(sizes.values())
+
+    def beside(c: Checkpoint) -> Checkpoint:
+        return replace(c, files=files, state=state, left=tuple(state), bytes=total)
+
+    return _open(folder, WEIGHTS, beside, allow_pickle=False, opaque=opaque)
 
 
-@dataclass(frozen=True)
-class _Others:
-    """Files that are carried, those that only packs carry, names of all that are not, and the bytes of all files."""
-
-    files: dict[str, Source]
-    state: dict[str, Source]
-    left: tuple[str, ...]
-    total: int
-
-
-def _open(folder: Folder, weights_name: str, others: _Others, *, allow_pickle: bool, opaque: bool) -> Checkpoint:
+def _open(
+    folder: Folder,
+    weights_name: str,
+    beside: Callable[[Checkpoint], Checkpoint],
+    *,
+    allow_pickle: bool,
+    opaque: bool,
+) -> Checkpoint:
     path = folder.path
     config_path = path / CONFIG
     if not folder.has(CONFIG):
@@ -99,18 +104,9 @@ def _open(folder: Folder, weights_name: str, others: _Others, *, allow_pickle: b
     config = strict_json.parse(config_bytes, str(config_path))
     if not isinstance(config.get("peft_type"), str):
         raise InvalidFile(f"{config_path} does not say its peft_type", hint="PEFT writes it; restore the file")
-    found = Checkpoint(
-        name=str(path),
-        config=config,
-        tensors={},
-        config_bytes=config_bytes,
-        files=others.files,
-        state=others.state,
-        left=others.left,
-        bytes=others.total,
-    )
+    found = beside(Checkpoint(str(path), config, {}, config_bytes=config_bytes))
     if not folder.has(weights_name):
-        return found if opaque and others.state else _pickle(folder, found, allow_pickle)
+        return found if opaque and found.state else _pickle(folder, found, allow_pickle)
     file = folder.open(weights_name)
     try:
         header = safetensors.read(file)
@@ -178,40 +174,46 @@ def is_carried(path: str, size: int) -> bool:
     return text and not index and not nested and size <= limits.CARRIED_BYTES and name not in _NOT_CARRIED
 
 
-def _other_files(path: Path, weights_name: str) -> _Others:
+def _with_others(c: Checkpoint, path: Path, weights_name: str) -> Checkpoint:
+    """The checkpoint with what lies beside its config and its weights."""
     files: dict[str, Source] = {}
     state: dict[str, Source] = {}
     left: list[str] = []
+    lost: list[str] = []
     total = 0
     for entry in _entries(path):
         if entry.is_dir():
             left.append(entry.name + "/")
-            state.update(_nested(entry, entry.name))
+            state.update(_nested(entry, entry.name, lost))
             continue
         if not entry.is_file():
             left.append(entry.name)
             continue
-        size = entry.stat().st_size
+        found = WholeFile.seen(entry)
+        size = found.nbytes
         total += size
         if entry.name in (CONFIG, weights_name):
             continue
         if is_carried(entry.name, size):
-            files[entry.name] = WholeFile(entry, size)
+            files[entry.name] = found
         else:
-            state[entry.name] = WholeFile(entry, size)
+            state[entry.name] = found
             left.append(entry.name)
-    return _Others(files, state, tuple(left), total)
+    return replace(c, files=files, state=state, left=tuple(left), lost=tuple(lost), bytes=total)
 
 
-def _nested(directory: Path, name: str) -> Iterator[tuple[str, Source]]:
-    """The files of a folder, unless it is another adapter or leads elsewhere."""
-    if directory.is_symlink() or (directory / CONFIG).exists():
-        return
-    for entry in _entries(directory):
+def _nested(directory: Path, name: str, lost: list[str]) -> Iterator[tuple[str, Source]]:
+    """The files of a folder, unless it is another adapter or leads elsewhere; `lost` gets what is not."""
+    entries = [] if directory.is_symlink() or (directory / CONFIG).exists() else _entries(directory)
+    if not entries:
+        lost.append(name + "/")
+    for entry in entries:
         if entry.is_dir():
-            yield from _nested(entry, f"{name}/{entry.name}")
+            yield from _nested(entry, f"{name}/{entry.name}", lost)
         elif entry.is_file():
-            yield f"{name}/{entry.name}", WholeFile(entry, entry.stat().st_size)
+            yield f"{name}/{entry.name}", WholeFile.seen(entry)
+        else:
+            lost.append(f"{name}/{entry.name}")
 
 
 def _pickle(folder: Folder, found: Checkpoint, allow: bool) -> Checkpoint:

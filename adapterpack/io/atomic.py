@@ -84,7 +84,9 @@ def staged_file(destination: Path, *, overwrite: bool = False, protected: tuple[
                 _rename_new(stage, destination)
         _sync_published(destination)
     finally:
-        stage.unlink(missing_ok=True)
+        # Mostly there is nothing left; and a leftover that cannot be removed is no reason to call it a failure.
+        with contextlib.suppress(OSError):
+            stage.unlink()
 
 
 def prepare(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> Path:

@@ -148,16 +148,29 @@ class FileSpan:
 
 @dataclass(frozen=True)
 class WholeFile:
-    """A file by name, opened only while it is read: for files that are merely carried along."""
+    """A file by name, opened only while it is read: for files that are merely carried along.
+
+    Attributes:
+        modified: When it was changed last, in nanoseconds: it is read more than once, and must be the same each time.
+    """
 
     path: Path
     nbytes: int
+    modified: int | None = None
+
+    @classmethod
+    def seen(cls, path: Path) -> WholeFile:
+        """A file as it is now."""
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns)
 
     def read(self, start: int, stop: int) -> bytes:
         with OpenFile(self.path) as file:
-            if file.size != self.nbytes:
+            if file.size != self.nbytes or self.modified not in (None, file.stamp[1]):
                 raise _changed(self.path)
-            return file.read(start, min(stop, self.nbytes))
+            data = file.read(start, min(stop, self.nbytes))
+            file.check_unchanged()
+            return data
 
 
 class Folder:

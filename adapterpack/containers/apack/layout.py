@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from adapterpack.containers.apack.manifest import (
     Drawn,
     Entry,
     File,
+    FromBase,
     FromParent,
     InStream,
     Lines,
@@ -22,6 +23,7 @@ from adapterpack.containers.apack.manifest import (
     Text,
 )
 from adapterpack.errors import InvalidFile
+from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
 from adapterpack.tensor import F32, DType, Shape
 
@@ -124,6 +126,20 @@ def header_of(content: Tensors, entries: Iterable[Entry]) -> bytes:
     return safetensors.header_text(named, metadata)
 
 
+def header_lists(header: bytes, entries: Iterable[Entry], where: str) -> bool:
+    """Does a stored header list these tensors, one behind the other? Raises InvalidFile: it is no header."""
+    found = strict_json.parse(header[8:], where)
+    found.pop(safetensors.METADATA, None)
+    wanted, end = {}, 0
+    for e in entries:
+        span = [end, end + e.nbytes]
+        wanted[e.name] = {"data_offsets": span, "dtype": e.dtype.name, "shape": list(e.shape)}
+        end = span[1]
+    length = int.from_bytes(header[:8], "little")
+    # As text, where true is not 1.
+    return length == len(header) - 8 and json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+
+
 def account(m: Manifest, where: str, stored: int) -> Layout:
     """Check a manifest against itself and the size of the frames; nothing is decoded.
 
@@ -178,8 +194,7 @@ def _place_fits(m: Manifest, n: int, entry: Entry) -> bool:
         case Drawn(recipe, name):
             draws = m.recipes[recipe].draws if recipe < len(m.recipes) else ()
             return any(
-                d.name == name and math.prod(d.shape) * m.recipes[recipe].stored.bits // 8 == entry.nbytes
-                for d in draws
+                d.name == name and d.shape == entry.shape and m.recipes[recipe].stored == entry.dtype for d in draws
             )
         case Lines(axis, steps, classes):
             lines, _ = line_shape(entry.shape, axis)
@@ -187,7 +202,8 @@ def _place_fits(m: Manifest, n: int, entry: Entry) -> bool:
             return good and all(c < len(m.classes) for c in classes)
         case FromParent():
             return m.parent is not None
-    return True
+        case FromBase():
+            return m.base is not None
 
 
 def _size_of(m: Manifest, file: File) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 from adapterpack import limits
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import peft
+from adapterpack.containers.apack import layout
 from adapterpack.containers.apack.manifest import Parent, Tensors, Text
 from adapterpack.containers.apack.reader import Pack
 from adapterpack.errors import InvalidFile, MissingReference, PickleRefused, Unsupported
@@ -113,8 +114,9 @@ def _places(path: Path, wanted: Parent, given: Path | None) -> Iterator[Path]:
 
 
 def _open_base(pack: Pack, path: Path, stack: ExitStack, given: Where) -> Mapping[str, Tensor]:
-    recorded = Path(pack.manifest.base or ".")
-    place = given() if callable(given) else given or (recorded if recorded.is_dir() else None)
+    recorded = Path(pack.manifest.base) if pack.manifest.base else None
+    known = recorded if recorded is not None and recorded.is_dir() else None
+    place = given() if callable(given) else given or known
     if place is None:
         raise MissingReference(f"{path} takes tensors from its base model, which is not here", hint=_base_hint(pack))
     return base_tensors(place, stack)
@@ -193,9 +195,13 @@ def _metadata(pack: Pack, weights: int) -> dict[str, str]:
     assert isinstance(content, Tensors)
     if content.header is None:
         return dict(content.metadata or ())
+    source = pack.header(weights)
+    header = source.read(0, source.nbytes)
+    # Who reads the file must find the tensors that whoever reads the pack finds.
+    if not layout.header_lists(header, pack.manifest.tensors, f"{pack.name}: the stored header"):
+        raise InvalidFile(f"{pack.name}: the header of its tensor file is not that of its tensors")
     try:
-        header = pack.header(weights)
-        found = json.loads(header.read(8, header.nbytes)).get(safetensors.METADATA, {})
+        found = json.loads(header[8:]).get(safetensors.METADATA, {})
         return {str(k): str(v) for k, v in found.items()}
     except (ValueError, AttributeError, RecursionError) as e:
         raise Unsupported(f"{pack.name}: the header of its tensor file cannot be read: {e}") from e

@@ -30,7 +30,7 @@ from adapterpack.containers.apack.manifest import (
     Text,
     canonical,
 )
-from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.errors import AdapterpackError, InvalidFile, Unsupported
 from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
 from adapterpack.io.paths import plain_name
@@ -39,6 +39,13 @@ from adapterpack.tensor import DTYPES
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DECIMAL = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?(e[+-][0-9]{1,3})?")
 _GRADES = ("lossless", "equivalent", "approximate")
+
+
+def _shown(value: Any) -> str:
+    """A value for an error. What is long is not spelled out: that alone could take seconds."""
+    if isinstance(value, (list, dict, str)) and len(value) > 1000:
+        return f"a {type(value).__name__} of {len(value):,}"
+    return f"{value!r:.40}"
 
 
 class _Reader:
@@ -52,32 +59,32 @@ class _Reader:
 
     def number(self, value: Any, most: int = limits.PACK_BYTES) -> int:
         if type(value) is not int or not 0 <= value <= most:
-            raise self.bad(f"has {value!r:.40} where a whole number up to {most:,} is wanted")
+            raise self.bad(f"has {_shown(value)} where a whole number up to {most:,} is wanted")
         return value
 
     def text(self, value: Any, most: int = limits.NAME_BYTES) -> str:
         if not isinstance(value, str) or len(value.encode()) > most:
-            raise self.bad(f"has {value!r:.40} where a text of at most {most:,} bytes is wanted")
+            raise self.bad(f"has {_shown(value)} where a text of at most {most:,} bytes is wanted")
         return value
 
     def decimal(self, value: Any) -> str:
         if not _DECIMAL.fullmatch(self.text(value, 40)):
-            raise self.bad(f"has {value!r:.40} where a decimal number is wanted")
+            raise self.bad(f"has {_shown(value)} where a decimal number is wanted")
         return str(value)
 
     def sha256(self, value: Any) -> str:
         if not isinstance(value, str) or not _SHA256.fullmatch(value):
-            raise self.bad(f"has {value!r:.40} where a SHA-256 is wanted")
+            raise self.bad(f"has {_shown(value)} where a SHA-256 is wanted")
         return value
 
     def items(self, value: Any, most: int = limits.TENSORS) -> list[Any]:
         if not isinstance(value, list) or len(value) > most:
-            raise self.bad(f"has {value!r:.40} where a list of at most {most:,} is wanted")
+            raise self.bad(f"has {_shown(value)} where a list of at most {most:,} is wanted")
         return value
 
     def row(self, value: Any, length: int) -> list[Any]:
         if not isinstance(value, list) or len(value) != length:
-            raise self.bad(f"has {value!r:.40} where a list of {length} is wanted")
+            raise self.bad(f"has {_shown(value)} where a list of {length} is wanted")
         return value
 
     def record(self, value: Any, keys: set[str]) -> dict[str, Any]:
@@ -122,6 +129,10 @@ class _Reader:
                 None if r["metadata"] is None else tuple(map(self.pair, self.items(r["metadata"]))),
                 None if header is None else (self.number(header[0]), self.number(header[1], limits.HEADER_BYTES + 8)),
             )
+            if len(dict(content.metadata or ())) != len(content.metadata or ()):
+                raise self.bad("has metadata of one name twice")
+            if content.metadata is not None and content.header is not None:
+                raise self.bad("has both a stored header and metadata")
         return File(self.path(r["path"]), self.number(r["size"]), self.sha256(r["sha256"]), content)
 
     def pair(self, value: Any) -> tuple[str, str]:
@@ -159,17 +170,21 @@ class _Reader:
                 return FromBase(self.text(name), self.sha256(sha256))
             case ["parent"]:
                 return FromParent()
-            case ["lines", 0 | 1 as axis, steps, classes]:
+            case ["lines", int(axis), steps, classes]:
                 if any(type(j) is not int or j not in STEPS for j in self.items(steps, limits.DIMENSION)):
                     raise self.bad("has a step code that is none")
                 numbers = tuple(self.number(c) for c in self.items(classes, limits.DIMENSION))
-                return Lines(int(axis), tuple(steps), numbers)
-        raise self.bad(f"has a tensor in {value!r:.80}")
+                return Lines(self.number(axis, 1), tuple(steps), numbers)
+        raise self.bad(f"has a tensor in {_shown(value)}")
 
     def stream(self, value: Any) -> Stream:
         r = self.record(value, {"width", "steps", "frames"})
         steps = self.items(r["steps"], 8)
-        chain = Chain(self.number(r["width"], 8), tuple(self.text(s) for s in steps))
+        width, names = self.number(r["width"], 8), tuple(self.text(s) for s in steps)
+        try:
+            chain = Chain(width, names)
+        except InvalidFile as e:
+            raise self.bad(f"has {e.message}") from e
         return Stream(chain, tuple(map(self.frame, self.items(r["frames"], limits.FRAMES))))
 
     def frame(self, value: Any) -> Frame:
@@ -183,8 +198,11 @@ class _Reader:
 
     def recipe(self, value: Any) -> recipes.Recipe:
         text = json.dumps(value, separators=(",", ":"), sort_keys=True)
-        recipe = recipes.from_metadata({recipes.METADATA_KEY: text})
-        if recipe is None or recipe.to_metadata() != text:
+        try:
+            recipe = recipes.from_metadata({recipes.METADATA_KEY: text})
+        except AdapterpackError as e:
+            raise type(e)(f"{self.where}: a recipe of its manifest: {e.message}", hint=e.hint) from e
+        if recipe is None or recipe.keys or recipe.to_metadata() != text:
             raise self.bad("has a recipe that is not written as it should be")
         return recipe
 
@@ -213,8 +231,10 @@ def parse(data: bytes, where: str) -> Manifest:
         InvalidFile: not canonical, or nonsense in it.
         Unsupported: of another version.
     """
+    if data.count(b"[") + data.count(b"{") > limits.MANIFEST_LISTS:
+        raise InvalidFile(f"{where}: its manifest has more than {limits.MANIFEST_LISTS:,} lists")
     record = strict_json.parse(data, f"manifest of {where}")
-    if record.get("apack") != VERSION:
+    if type(record.get("apack")) is not int or record["apack"] != VERSION:
         raise Unsupported(
             f"{where} is a pack of version {record.get('apack')!r:.40}; this adapterpack reads version {VERSION}",
             hint="update adapterpack",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from adapterpack import limits
 from adapterpack.codecs import chain as chains
 from adapterpack.codecs.lines import Quantised, join, line_shape
 from adapterpack.containers.apack import file as outer
@@ -35,7 +36,7 @@ from adapterpack.containers.apack.manifest import (
     Text,
 )
 from adapterpack.containers.apack.parsing import parse
-from adapterpack.errors import InvalidFile
+from adapterpack.errors import AdapterpackError, InvalidFile
 from adapterpack.io.files import OpenFile
 from adapterpack.tensor import Joined, Memory, Source, Tensor, chunks
 
@@ -152,7 +153,10 @@ class Pack:
     def _draw(self, recipe: int) -> dict[str, Tensor]:
         with self._lock:
             if recipe not in self._drawn:
-                self._drawn[recipe] = self.manifest.recipes[recipe].draw()
+                try:
+                    self._drawn[recipe] = self.manifest.recipes[recipe].draw()
+                except AdapterpackError as e:
+                    raise type(e)(f"{self.name}: {e.message}", hint=e.hint) from e
             return self._drawn[recipe]
 
     def _from_base(self, name: str, sha256: str) -> Source:
@@ -172,8 +176,14 @@ class Pack:
         codes = np.empty((len(place.classes), length), np.int32)
         for row, line in enumerate(self.layout.lines[n]):
             high, low = (Stored(self._streams, piece) for piece in (line.high_part, line.low_part))
-            codes[row] = join(high.read(0, high.nbytes), low.read(0, low.nbytes), line.low)
-        return Quantised(codes, place.steps, place.axis)
+            try:
+                codes[row] = join(high.read(0, high.nbytes), low.read(0, low.nbytes), line.low)
+            except InvalidFile as e:
+                raise InvalidFile(f"{self.name}: {entry.name!r:.100}: {e.message}") from e
+        try:
+            return Quantised(codes, place.steps, place.axis)
+        except InvalidFile as e:
+            raise InvalidFile(f"{self.name}: {entry.name!r:.100}: {e.message}") from e
 
     @cached_property
     def files(self) -> Mapping[str, Source]:
@@ -221,7 +231,10 @@ class Pack:
 def parents(pack: Pack) -> Iterator[str]:
     """Names of the packs and directories that a pack needs, the nearest first, as far as they lie beside it."""
     wanted, directory = pack.manifest.parent, pack.file.path.parent
-    while wanted is not None:
+    for _ in range(limits.PARENTS):
+        # No longer than any chain may be: a pack can name itself.
+        if wanted is None:
+            return
         yield wanted.name
         path = directory / wanted.name
         if not path.is_file():

@@ -22,7 +22,7 @@ from adapterpack.containers.apack.choosing import Choice
 from adapterpack.containers.apack.facts import Facts, References
 from adapterpack.containers.apack.manifest import Frame, Manifest, Stream
 from adapterpack.containers.apack.placing import Placing, StreamPlan, place
-from adapterpack.errors import AdapterpackError, WriteFailed
+from adapterpack.errors import AdapterpackError, InvalidFile, WriteFailed
 from adapterpack.io import atomic, zstd
 from adapterpack.io.files import OpenFile
 from adapterpack.tensor import Joined, Source, digest
@@ -240,8 +240,13 @@ def _ends(m: Manifest, made: list[list[_Written]]) -> tuple[bytes, bytes]:
 
 def _read_back(stage: Path, frames: list[_Written], pool: ThreadPoolExecutor) -> None:
     """What lies there now, against what was meant: the seal, and every frame."""
+    otherwise = WriteFailed(f"{stage} does not read back as it was written", hint="the disk may be failing")
     with OpenFile(stage) as file:
-        outer.read(file)
+        try:
+            outer.read(file)
+        except InvalidFile as e:
+            # Of a file that was fetched the reader would say: fetch it again.
+            raise otherwise from e
 
         def check(first: int, stop: int, digest: bytes) -> bool:
             return hashlib.sha256(file.read(first, stop)).digest() == digest
@@ -251,4 +256,4 @@ def _read_back(stage: Path, frames: list[_Written], pool: ThreadPoolExecutor) ->
             waiting.append(pool.submit(check, at, at + written.frame.stored, written.digest))
             at += written.frame.stored
         if not all(future.result() for future in waiting):
-            raise WriteFailed(f"{stage} does not read back as it was written", hint="the disk may be failing")
+            raise otherwise
