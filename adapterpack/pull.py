@@ -97,7 +97,7 @@ def pull(
     found = hub.parse(reference).below(subfolder)
     as_pack = target.suffix == apack.SUFFIX
     atomic.check_destination(target.absolute(), overwrite=overwrite, file=as_pack)
-    with hub.credentials(token):
+    with hub.credentials(token), hub.reporting(progress):
         snapshot = hub.look_up(found, explicit=True)
         folder = snapshot.reference.path
         wanted = sources.needed(snapshot, folder)

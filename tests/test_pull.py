@@ -84,6 +84,16 @@ def test_a_push_comes_back_held_to_its_manifest(lora: Path, loopback: LoopbackHu
     assert adapterpack.verify(lora, tmp_path / "out").equal
 
 
+@pytest.mark.parametrize("xet", [True, False])
+def test_bytes_are_reported(lora: Path, loopback: LoopbackHub, tmp_path: Path, xet: bool) -> None:
+    loopback.xet = xet
+    loopback.create("me/a", _files(lora))
+    seen: list[tuple[str, int, int]] = []
+    pull("me/a", tmp_path / "out", progress=lambda *facts: seen.append(facts))
+    total = sum(len(data) for data in _files(lora).values())
+    assert seen[-1] == ("download", total, total)
+
+
 def test_revisions_are_pinned(lora: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
     first = loopback.create("me/a", _files(lora))
     loopback.tag("me/a", "v1")

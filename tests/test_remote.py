@@ -146,7 +146,7 @@ def test_servers_without_ranges_are_found_out(
     place: Path, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = lambda request, size, read, headers: Reply(200, read(0, size), dict(headers))  # noqa: E731
-    monkeypatch.setattr("hub.api.ranged", whole)
+    monkeypatch.setattr("hub.reading.ranged", whole)
     monkeypatch.setattr("hub.storage.ranged", whole)
     monkeypatch.setattr(remote, "_FIRST", 64)
     _upload(loopback, "me/a", place / "lora")

@@ -239,8 +239,11 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
                 speed = f", {size(int(task.speed)).partition(' (')[0]}/s" if task.speed else ""
                 bars.update(tasks[what], size=f"{done / 1e9:.2f} of {total / 1e9:.2f} GB{speed}")
 
-        yield report
+        from adapterpack.hub.client import reporting
+
+        with reporting(report):
+            yield report
 
 
-_BYTES = {"merge", "pack", "unpack"}
+_BYTES = {"download", "merge", "pack", "unpack"}
 """Work that is counted in bytes."""

@@ -36,15 +36,17 @@ def command(
     REF is org/name, org/name@revision or org/name@revision/folder. The commit is printed: name it to get the
     same again. HF_HUB_OFFLINE=1 takes what is in the cache. Pickles are never fetched.
     """
-    result = pull(
-        source,
-        destination,
-        subfolder=subfolder,
-        expect_sha256=expect_sha256,
-        base=base,
-        jobs=jobs,
-        overwrite=overwrite,
-    )
+    with out.progress(quiet or as_json) as progress:
+        result = pull(
+            source,
+            destination,
+            subfolder=subfolder,
+            expect_sha256=expect_sha256,
+            base=base,
+            jobs=jobs,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         out.print_json("pull", result)
         return

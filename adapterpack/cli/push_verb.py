@@ -51,26 +51,25 @@ def command(
     The repository is made if there is none. Config, weights, tokenizer, card and license are pushed, and
     nothing else that lies there. --dry-run sends nothing and asks nobody.
     """
-    with out.progress(quiet or as_json) as progress:
-        result = push(
-            source,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            path_in_repo=path_in_repo,
-            commit_message=commit_message,
-            base_model=base_model,
-            license=license,
-            with_pack=with_pack,
-            pack_only=pack_only,
-            allow_references=allow_references,
-            include=include,
-            subfolder=subfolder,
-            allow_pickle=allow_pickle,
-            dry_run=dry_run,
-            progress=progress,
-        )
+    # No bar of ours: the client draws those of the upload, and two would write over one another.
+    result = push(
+        source,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        path_in_repo=path_in_repo,
+        commit_message=commit_message,
+        base_model=base_model,
+        license=license,
+        with_pack=with_pack,
+        pack_only=pack_only,
+        allow_references=allow_references,
+        include=include,
+        subfolder=subfolder,
+        allow_pickle=allow_pickle,
+        dry_run=dry_run,
+    )
     if as_json:
         out.print_json("push", result)
     elif quiet:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterpack.hub.client import credentials, scrub, token
+from adapterpack.hub.client import credentials, reporting, scrub, token
 from adapterpack.hub.references import Reference, find, is_repo, parse
 from adapterpack.hub.remote import RemoteFolder
 from adapterpack.hub.snapshot import Digests, Entry, Snapshot, look_up
@@ -28,6 +28,7 @@ __all__ = [
     "is_repo",
     "look_up",
     "parse",
+    "reporting",
     "scrub",
     "token",
 ]

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _TOKEN: ContextVar[str | None] = ContextVar("token", default=None)
 _BARS: ContextVar[bool] = ContextVar("bars", default=False)
+_REPORT: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("report", default=None)
 _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 """Packages whose exceptions mean that nobody answered."""
 _TRIES = 5
@@ -110,12 +111,56 @@ def offline() -> bool:
 
 @contextlib.contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """Let the client draw progress bars of bytes on stderr inside, or not; a library is silent unless it is told."""
+    """Let the client draw its progress bars of an upload on stderr; a library is silent unless it is told."""
     before = _BARS.set(shown)
     try:
         yield
     finally:
         _BARS.reset(before)
+
+
+@contextlib.contextmanager
+def reporting(report: Callable[[str, int, int], None] | None) -> Iterator[None]:
+    """Report the bytes of downloads inside: what, done, total."""
+    before = _REPORT.set(report)
+    try:
+        yield
+    finally:
+        _REPORT.reset(before)
+
+
+class Meter:
+    """The bytes of several downloads, reported as one."""
+
+    def __init__(self, total: int) -> None:
+        self._report, self._total, self._done = _REPORT.get(), total, 0
+
+    def add(self, count: float | None) -> None:
+        # More than all of it come where a file is fetched again.
+        self._done = min(self._done + int(count or 0), self._total)
+        if self._report is not None:
+            self._report("download", self._done, self._total)
+
+    def bar(self) -> type:
+        """A class of progress bars for the client, that draw nothing and count here."""
+        from tqdm import tqdm
+
+        meter = self
+
+        class Bar(tqdm):  # type: ignore[misc]
+            """Silent."""
+
+            def __init__(self, *arguments: Any, **settings: Any) -> None:
+                super().__init__(*arguments, **{**settings, "disable": True})
+
+            def update(self, n: float | None = 1) -> None:
+                self.n += n or 0
+                meter.add(n)
+
+            def update_transfer(self, n: float) -> None:
+                """Bytes on the wire, which may be fewer: not shown."""
+
+        return Bar
 
 
 class _Muted:

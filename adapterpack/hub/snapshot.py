@@ -110,12 +110,16 @@ class Snapshot:
             HubError: it cannot be had.
             InvalidFile: what comes is not what the commit names, or has a name that no file should have.
         """
+        missing: dict[str, bool] = {}
         for path in paths:
             for part in path.split("/"):
                 plain_name(part, str(self.reference))
             here = self.cached(path)
             if here is None or (prove and not _is(here, self.files[path])):
-                self._download(path, again=here is not None)
+                missing[path] = here is not None
+        meter = client.Meter(sum(self.files[path].size for path in missing))
+        for path, again in missing.items():
+            self._download(path, meter, again=again)
         self._remember()
         return self.folder
 
@@ -138,10 +142,10 @@ class Snapshot:
         """The directory in the cache that is the top of this commit."""
         return _storage(self.reference.repo) / "snapshots" / self.commit
 
-    def _download(self, path: str, *, again: bool) -> None:
+    def _download(self, path: str, meter: client.Meter, *, again: bool) -> None:
         from huggingface_hub import hf_hub_download
 
-        what = f"{self.reference.repo}@{self.commit[:12]}/{path}"
+        what, bar = f"{self.reference.repo}@{self.commit[:12]}/{path}", meter.bar()
         for force in (again, True):
 
             def get(force: bool = force) -> str:
@@ -154,6 +158,7 @@ class Snapshot:
                         token=client.token() or False,
                         endpoint=client.endpoint(),
                         library_name="adapterpack",
+                        tqdm_class=bar,
                     )
                 )
 
@@ -250,7 +255,8 @@ def _in_cache(reference: Reference, where: str) -> Snapshot:
 
 
 def _named_by_blob(path: Path) -> Entry:
-    blob, size = path.resolve().name, path.stat().st_size
+    # One step only: the blob may be a link itself, into what repositories share under other names.
+    blob, size = path.readlink().name if path.is_symlink() else "", path.stat().st_size
     hexadecimal = all(c in "0123456789abcdef" for c in blob)
     if hexadecimal and len(blob) == 64:
         return Entry(size, sha256=blob)
