@@ -85,13 +85,18 @@ def test_a_push_comes_back_held_to_its_manifest(lora: Path, loopback: LoopbackHu
 
 
 @pytest.mark.parametrize("xet", [True, False])
-def test_bytes_are_reported(lora: Path, loopback: LoopbackHub, tmp_path: Path, xet: bool) -> None:
+def test_bytes_are_reported_and_nothing_is_printed(
+    lora: Path, loopback: LoopbackHub, tmp_path: Path, xet: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     loopback.xet = xet
     loopback.create("me/a", _files(lora))
     seen: list[tuple[str, int, int]] = []
     pull("me/a", tmp_path / "out", progress=lambda *facts: seen.append(facts))
     total = sum(len(data) for data in _files(lora).values())
     assert seen[-1] == ("download", total, total)
+    push(lora, "me/b")
+    pull("me/b", tmp_path / "b")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_revisions_are_pinned(lora: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
@@ -104,6 +109,13 @@ def test_revisions_are_pinned(lora: Path, loopback: LoopbackHub, tmp_path: Path)
     ):
         assert pull(f"me/a@{revision}", tmp_path / str(n)).commit == commit
         assert (tmp_path / str(n) / "notes.txt").exists() == (commit == second)
+
+
+def test_a_repository_that_was_renamed_is_found(lora: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
+    loopback.create("me/old", _files(lora))
+    loopback.rename("me/old", "me/new")
+    pull("me/old", tmp_path / "out")
+    assert _tree(tmp_path / "out") == _files(lora)
 
 
 def test_one_of_several(lora: Path, loopback: LoopbackHub, tmp_path: Path) -> None:

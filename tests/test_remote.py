@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,26 +68,42 @@ def test_inspect_says_the_same_as_of_a_local_copy(place: Path, loopback: Loopbac
     assert not _weights(loopback) or _sent(loopback) < 100_000
 
 
-def test_a_huge_base_costs_a_few_hundred_kilobytes(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
-    """Shards of 100 MB that hold tensors of the right shapes; every byte that goes out is counted."""
-    names = {}
-    base = tmp_path / "base"
-    base.mkdir()
-    for n in range(8):
-        tensors = {f"model.layers.{n}.self_attn.q_proj.weight": torch.zeros(32, 32)}
-        tensors |= {f"model.layers.{n}.filler{i}.weight": torch.zeros(128, 1024) for i in range(40)}
-        file = f"model-{n + 1:05}-of-00008.safetensors"
-        save_file(tensors, base / file, {"format": "pt"})
+def _header(tensors: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
+    """The beginning of a BF16 safetensors file, and the size of all of it."""
+    entries, end = {}, 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+def test_a_huge_base_costs_a_few_hundred_kilobytes(place: Path, loopback: LoopbackHub) -> None:
+    """100 GB in 20 shards, holes but for their headers; every byte that goes out is counted."""
+    loopback.create("org/huge", {"config.json": (place / "base" / "config.json").read_bytes()})
+    config = json.loads((place / "base" / "config.json").read_text())
+    wide, deep = config["hidden_size"], config["intermediate_size"]
+    q, down = "self_attn.q_proj.weight", "mlp.down_proj.weight"
+    names, total = {}, 0
+    for n in range(20):
+        tensors = {f"model.layers.{n}.filler{i}.weight": (9600, 8192) for i in range(32)}
+        tensors |= {
+            f"model.layers.{n}.self_attn.q_proj.weight": (32, 32),
+            f"model.layers.{n}.mlp.down_proj.weight": (32, 48),
+        }
+        beginning, size = _header(tensors)
+        file, total = f"model-{n + 1:05}-of-00020.safetensors", total + size
+        loopback.commit_hole("org/huge", file, beginning, size)
         names |= dict.fromkeys(tensors, file)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    shutil.copy(place / "base" / "config.json", base / "config.json")
-    total = sum(p.stat().st_size for p in base.iterdir())
-    _upload(loopback, "org/huge", base)
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": names}).encode()
+    loopback.commit("org/huge", {"model.safetensors.index.json": index})
     result = inspect(place / "lora", base="org/huge")
-    assert "lacks" in result.notes[-1]
-    assert total > 150_000_000 and _sent(loopback) < 400_000
-    ranged = [r for r in loopback.requests if r.path.endswith(".safetensors") and r.range]
-    assert len(ranged) == 8
+    assert "has all" in result.notes[-1]
+    assert total > 100e9 and loopback.sent() < 500_000
+    assert len([r for r in loopback.requests if r.path.endswith(".safetensors") and r.range]) == 20
+    before = loopback.sent()
+    assert check(place / "lora", base="org/huge").healthy
+    assert loopback.sent() - before < 500_000
 
 
 def test_shapes_of_a_base_on_the_hub(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:

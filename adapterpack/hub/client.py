@@ -160,6 +160,12 @@ class Meter:
             def update_transfer(self, n: float) -> None:
                 """Bytes on the wire, which may be fewer: not shown."""
 
+            def __getattr__(self, name: str) -> Any:
+                # What else some version of the client wants to show.
+                if name.startswith("_"):
+                    raise AttributeError(name)
+                return lambda *_, **__: None
+
         return Bar
 
 
