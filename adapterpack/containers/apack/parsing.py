@@ -170,11 +170,11 @@ class _Reader:
                 return FromBase(self.text(name), self.sha256(sha256))
             case ["parent"]:
                 return FromParent()
-            case ["lines", int(axis), steps, classes]:
+            case ["lines", int(axis), steps, classes] if type(axis) is int and axis in (0, 1):
                 if any(type(j) is not int or j not in STEPS for j in self.items(steps, limits.DIMENSION)):
                     raise self.bad("has a step code that is none")
                 numbers = tuple(self.number(c) for c in self.items(classes, limits.DIMENSION))
-                return Lines(self.number(axis, 1), tuple(steps), numbers)
+                return Lines(axis, tuple(steps), numbers)
         raise self.bad(f"has a tensor in {_shown(value)}")
 
     def stream(self, value: Any) -> Stream:
