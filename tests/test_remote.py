@@ -87,10 +87,7 @@ def test_a_huge_base_costs_a_few_hundred_kilobytes(place: Path, loopback: Loopba
     names, total = {}, 0
     for n in range(20):
         tensors = {f"model.layers.{n}.filler{i}.weight": (9600, 8192) for i in range(32)}
-        tensors |= {
-            f"model.layers.{n}.self_attn.q_proj.weight": (32, 32),
-            f"model.layers.{n}.mlp.down_proj.weight": (32, 48),
-        }
+        tensors |= {f"model.layers.{n}.{q}": (wide, wide), f"model.layers.{n}.{down}": (wide, deep)}
         beginning, size = _header(tensors)
         file, total = f"model-{n + 1:05}-of-00020.safetensors", total + size
         loopback.commit_hole("org/huge", file, beginning, size)
