@@ -131,6 +131,9 @@ def _dump(values: Mapping[str, Any], line_end: str) -> str:
     import yaml
 
     text = str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000))
+    if yaml.safe_load(text) != dict(values):
+        # The writer leaves some line ends of Unicode as they are, and reads them back as spaces.
+        text = str(yaml.safe_dump(dict(values), sort_keys=False, width=1000))
     return text.replace("\n", line_end)
 
 

@@ -149,7 +149,7 @@ def extract(
     containers.check_target(target, overwrite=overwrite, sources=places)
     with ExitStack() as stack:
         models = tuple(stack.enter_context(Base(p)) for p in places)
-        job = _Job.compare(models[0], models[1], str(base), how, progress)
+        job = _Job.compare(models[0], models[1], sources.name_of(base), how, progress)
         if dry_run:
             return job.planned(target)
         modules, made = job.run(TorchBackend(device), progress)

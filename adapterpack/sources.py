@@ -47,6 +47,12 @@ def here(source: str | Path, subfolder: str | None = None, *, cached: bool = Fal
     return top / place
 
 
+def name_of(source: str | Path) -> str:
+    """What a config calls a base: `org/name` of a reference, else the path."""
+    reference = hub.find(source)
+    return str(source) if reference is None else reference.repo
+
+
 def is_explicit(source: str | Path) -> bool:
     """Does it say itself that it is on the Hub?"""
     return str(source).startswith("hf://")

@@ -111,6 +111,22 @@ def test_revisions_are_pinned(lora: Path, loopback: LoopbackHub, tmp_path: Path)
         assert (tmp_path / str(n) / "notes.txt").exists() == (commit == second)
 
 
+def test_nobody_needs_a_token_to_read(
+    lora: Path, loopback: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    loopback.create("me/a", _files(lora))
+    pull("me/a", tmp_path / "out")
+    assert not any(r.bearer for r in loopback.requests if r.host == "hub")
+
+
+@pytest.mark.parametrize("token", ["", " ", "a b", "hf_\nx: y", "hf_\u00fc"])
+def test_what_cannot_be_a_token_is_refused_unsaid(loopback: LoopbackHub, tmp_path: Path, token: str) -> None:
+    with pytest.raises(UsageError) as e:
+        pull("me/a", tmp_path / "out", token=token)
+    assert not token.strip() or token not in e.value.message
+
+
 def test_a_repository_that_was_renamed_is_found(lora: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
     loopback.create("me/old", _files(lora))
     loopback.rename("me/old", "me/new")

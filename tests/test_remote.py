@@ -275,6 +275,15 @@ def test_a_damaged_shard_is_fetched_again(place: Path, loopback: LoopbackHub, tm
     assert all(Files.same(a[k], b[k]) for k in a)
 
 
+def test_extract_from_two_models_on_the_hub(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
+    _upload(loopback, "org/base", place / "base")
+    adapterpack.merge(place / "lora", "org/base", tmp_path / "tuned")
+    _upload(loopback, "org/tuned", tmp_path / "tuned")
+    adapterpack.extract("hf://org/base@main", "org/tuned", tmp_path / "back", rank=4)
+    assert adapterpack.verify(place / "lora", tmp_path / "back", max_error=1e-4).equal
+    assert Files.config(tmp_path / "back")["base_model_name_or_path"] == "org/base"
+
+
 def test_nothing_is_downloaded_unless_it_was_named(
     place: Path, loopback: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

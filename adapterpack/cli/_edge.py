@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterpack.errors import AdapterpackError, UsageError, WriteFailed
+from adapterpack.hub import client
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -74,7 +75,8 @@ def _debug() -> None:
 
 
 def _fail(as_json: bool, code: str, message: str, hint: str | None, exit_code: int) -> int:
-    message = " ".join(message.split())
+    # Errors of others end here, too: whatever they quote, no token of the Hub is among it.
+    message = client.scrub(" ".join(message.split()))
     if as_json:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint}
         click.echo(json.dumps({"schema": "adapterpack.error/1", "error": error}, ensure_ascii=False))

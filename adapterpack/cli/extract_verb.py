@@ -26,6 +26,7 @@ _SHOWN = 10
     show_default=True,
     help="Changed embeddings, norms, biases and the like.",
 )
+@out.token_option
 @out.device_option
 @out.overwrite_option
 @out.dry_run_option

@@ -14,6 +14,7 @@ from adapterpack.unpack import unpack
 @out.parent_option
 @click.option("--base", metavar="BASE", help="The base model, where the pack takes tensors from it.")
 @click.option("--expect-sha256", metavar="HEX", help="Refuse any other file than the one with this SHA-256.")
+@out.hub_options
 @out.jobs_option
 @out.overwrite_option
 @out.output_options

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,11 +61,14 @@ def token() -> str | None:
 
 def scrub(text: str) -> str:
     """The text without the token in use, and without anything that looks like one."""
-    own = _TOKEN.get()
-    with contextlib.suppress(Exception):
-        own = token()
-    if own:
-        text = text.replace(own, "<TOKEN>")
+    tokens = [_TOKEN.get(), os.environ.get("HF_TOKEN")]
+    if "huggingface_hub" in sys.modules:
+        # Else nobody has spoken to the Hub, and the library takes long to load.
+        with contextlib.suppress(Exception):
+            tokens.append(token())
+    for own in tokens:
+        if own and own.strip():
+            text = text.replace(own.strip(), "<TOKEN>")
     return _SECRET.sub("<TOKEN>", text)
 
 
