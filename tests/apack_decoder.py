@@ -228,7 +228,12 @@ def frame_bytes(parts: list[bytes], size: int, width: int, steps: list[str], par
     if table is not None:
         words = undo_exponents(words, width, table)
     if "rotate" in steps:
-        words = words >> np.uint64(1) | (words & np.uint64(1)) << np.uint64(8 * width - 1)
+        # The top 16 bits, or the one byte that there is.
+        bits = np.uint64(min(16, 8 * width))
+        below = np.uint64(8 * width) - bits
+        top = words >> below
+        top = top >> np.uint64(1) | (top & np.uint64(1)) << (bits - np.uint64(1))
+        words = top << below | words & ((np.uint64(1) << below) - np.uint64(1))
     if "narrow" in steps:
         words = words << np.uint64(16)
     if kept is not None:

@@ -182,7 +182,7 @@ def store(segment: Array, levels: Sequence[int], dictionary: bytes = b"", cuts: 
     return min(tried, key=len)
 
 
-def restore(stored: bytes, size: int, where: str, dictionary: bytes = b"") -> Array:
+def restore(stored: bytes | memoryview, size: int, where: str, dictionary: bytes = b"") -> Array:
     """The inverse of `store`. Raises InvalidFile."""
     data = stored if len(stored) == size else zstd.decompress(stored, size, where, dictionary)
     return np.frombuffer(data, np.uint8)

@@ -27,15 +27,20 @@ def word(width: int) -> np.dtype[np.unsignedinteger]:
 
 
 def rotate(parts: list[Array]) -> list[Array]:
-    """Words as planes: the top bit goes to the low end; of a float the sign, so that the exponent begins a byte."""
-    following = [*parts[1:], parts[0]]
-    return [(part << _ONE) | (after >> _SEVEN) for part, after in zip(parts, following, strict=True)]
+    """Words as planes: the top bit goes to the low end of the top two bytes; of a float the sign.
+
+    So the exponent begins a byte, and the bytes of the mantissa below stay as they are.
+    """
+    top, below, *rest = (*parts, parts[0])[: max(len(parts), 2)]
+    new = [(top << _ONE) | (below >> _SEVEN), (below << _ONE) | (top >> _SEVEN), *rest]
+    return new[: len(parts)]
 
 
 def unrotate(parts: list[Array]) -> list[Array]:
     """The inverse of `rotate`."""
-    leading = [parts[-1], *parts[:-1]]
-    return [(part >> _ONE) | (before << _SEVEN) for part, before in zip(parts, leading, strict=True)]
+    top, below, *rest = (*parts, parts[0])[: max(len(parts), 2)]
+    new = [(top >> _ONE) | (below << _SEVEN), (below >> _ONE) | (top << _SEVEN), *rest]
+    return new[: len(parts)]
 
 
 def narrow(x: Array) -> Array:

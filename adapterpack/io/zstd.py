@@ -109,7 +109,7 @@ def stated_size(data: bytes, where: str) -> int:
     return size
 
 
-def decompress(data: bytes, size: int, where: str, dictionary: bytes = b"") -> bytes:
+def decompress(data: bytes | memoryview, size: int, where: str, dictionary: bytes = b"") -> bytes:
     """The content of exactly one frame of exactly `size` bytes.
 
     Args:

@@ -274,9 +274,10 @@ class StreamReader:
         where = f"{self._pack.name}: frame {n} of stream {self._number}"
         data = self._pack.stored(self._offsets[n], self._offsets[n + 1], self._digest + n)
         dictionary = outer.dictionary() if self.stream.chain.text else b""
-        segments, at = [], 0
+        # Without copies of what is stored as it is.
+        view, segments, at = memoryview(data), [], 0
         for decoded, stored in frame.segments:
-            segments.append(chains.restore(data[at : at + stored], decoded, where, dictionary))
+            segments.append(chains.restore(view[at : at + stored], decoded, where, dictionary))
             at += stored
         before = None
         if self._before is not None:
