@@ -419,3 +419,7 @@ def test_the_command_line(lora: Path, loopback: LoopbackHub, tmp_path: Path) -> 
     done = run("inspect", "me/none")
     assert "no such file or directory, and no such repository" in done.stderr
     assert run("pull", "name", tmp_path / "no").returncode == 2
+    done = run("inspect", lora, "--revision", "v1")
+    assert done.returncode == 2 and "local path" in done.stderr
+    assert run("inspect", "me/a", "--revision", pushed["commit"]).returncode == 0
+    assert "no such branch" in run("check", "me/a", "--revision", "none").stderr

@@ -279,6 +279,7 @@ def test_extract_from_two_models_on_the_hub(place: Path, loopback: LoopbackHub, 
     _upload(loopback, "org/base", place / "base")
     adapterpack.merge(place / "lora", "org/base", tmp_path / "tuned")
     _upload(loopback, "org/tuned", tmp_path / "tuned")
+    assert adapterpack.verify(place / "lora", "org/tuned", base="org/base").equal
     adapterpack.extract("hf://org/base@main", "org/tuned", tmp_path / "back", rank=4)
     assert adapterpack.verify(place / "lora", tmp_path / "back", max_error=1e-4).equal
     assert Files.config(tmp_path / "back")["base_model_name_or_path"] == "org/base"
