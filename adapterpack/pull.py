@@ -187,18 +187,24 @@ class _Wishes:
             size, sha256 = file.size, digests.sha256
         if not digests.agree(self.snapshot.files[place.relative_to(self.snapshot.folder).as_posix()]):
             raise InvalidFile(f"{name} changed in the cache meanwhile", hint="pull it again")
-        wanted = self.expected if name == peft.WEIGHTS or name.endswith(apack.SUFFIX) else None
+        wanted = self.expected if _is_adapter(name) and name != peft.CONFIG else None
         if wanted is not None and sha256 != wanted.strip().lower():
             raise InvalidFile(
                 f"{name} has SHA-256 {sha256}, not the expected {wanted:.80}",
                 hint="it is another file than the one that was promised",
             )
-        if self.said is not None and self.said.get(name, (size, sha256)) != (size, sha256):
+        known = self.said or {}
+        unlisted = self.said is not None and name not in known and _is_adapter(name)
+        if unlisted or known.get(name, (size, sha256)) != (size, sha256):
             raise InvalidFile(
-                f"{name} is not the file that was pushed: {peft.MANIFEST} names another SHA-256",
+                f"{name} is not the file that was pushed: {peft.MANIFEST} names another, or none",
                 hint="somebody changed it on the Hub since; pull the commit of the push, or push it again",
             )
         return PulledFile(name, size, sha256)
+
+
+def _is_adapter(name: str) -> bool:
+    return name in (peft.CONFIG, peft.WEIGHTS) or name.endswith(apack.SUFFIX)
 
 
 def _copy(

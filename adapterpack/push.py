@@ -5,16 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterpack import card, hub, sources
+from adapterpack import card, hub, release, sources
 from adapterpack.check import check
+from adapterpack.containers import peft
 from adapterpack.errors import HubError, Unhealthy, UsageError
 from adapterpack.hub import upload
 from adapterpack.io.files import OpenFile, read_small
-from adapterpack.limits import CARD_BYTES
+from adapterpack.limits import CARD_BYTES, CONFIG_BYTES
 from adapterpack.release import PushedFile
 from adapterpack.staging import Staged, Wish, join, pushed, text_of
 from adapterpack.tensor import chunks
@@ -42,6 +43,7 @@ class Push:
         grade: What was lost.
         max_rel_error: Largest relative error of a module's change.
         files: What was pushed.
+        removed: What an earlier push had left there and this commit took away.
         left_out: What lies beside the adapter and was not pushed.
         notes: What the user should know.
     """
@@ -62,6 +64,7 @@ class Push:
     files: tuple[PushedFile, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    removed: tuple[str, ...] = ()
 
 
 def push(
@@ -122,15 +125,17 @@ def push(
             return _result(wish, staged, files, None, None, notes)
         target = upload.prepare(wish.target, private=private, create_pr=create_pr)
         try:
-            files, notes = staged.with_cards(_cards(target, wish))
+            there = hub.look_up(target.reference.at(target.head), explicit=True)
+            files, notes = staged.with_cards(_cards(there, wish))
+            removed = _superseded(there, wish, files)
             _refuse_secrets(files)
             message = commit_message or f"Upload {staged.release.method} adapter with adapterpack"
-            made = upload.commit(target, files, message=message, create_pr=create_pr)
+            made = upload.commit(target, files, message=message, delete=removed, create_pr=create_pr)
         except KeyboardInterrupt as e:
             made_it = f"the repository {repo_id} was made; " if target.created else ""
             e.add_note(f"{made_it}the commit was on its way: it is in {repo_id} as a whole, or not at all")
             raise
-        return _result(wish, staged, files, target, made, notes)
+        return replace(_result(wish, staged, files, target, made, notes), removed=removed)
 
 
 def _wish(
@@ -170,15 +175,34 @@ def _refuse_unhealthy(place: Path, subfolder: str | None, allow_pickle: bool, pr
         )
 
 
-def _cards(target: upload.Target, wish: Wish) -> dict[str, str]:
+def _cards(there: hub.Snapshot, wish: Wish) -> dict[str, str]:
     """The cards that the repository has already: what the user wrote there is kept."""
-    folder = wish.target.path
-    snapshot = hub.look_up(target.reference.at(target.head), explicit=True)
     found = {}
-    for path in dict.fromkeys((card.CARD, join(folder, card.CARD))):
-        if path in snapshot.files:
-            found[path] = text_of(read_small(snapshot.fetch([path]) / path, CARD_BYTES))
+    for path in dict.fromkeys((card.CARD, join(wish.target.path, card.CARD))):
+        if path in there.files:
+            found[path] = text_of(read_small(there.fetch([path]) / path, CARD_BYTES))
     return found
+
+
+def _superseded(there: hub.Snapshot, wish: Wish, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """What an earlier push left in this place and this one does not replace: else two adapters would lie there.
+
+    Raises:
+        UsageError: an adapter that no push made would stand before the pack.
+    """
+    folder = wish.target.path
+    manifest, before = join(folder, peft.MANIFEST), set[str]()
+    if manifest in there.files:
+        data = read_small(there.fetch([manifest]) / manifest, CONFIG_BYTES)
+        before = {join(folder, name) for name in release.read_manifest(data, manifest)}
+    others = [join(folder, name) for name in (peft.CONFIG, peft.WEIGHTS, peft.PICKLE)]
+    stays = [path for path in others if path in there.files and path not in before]
+    if not wish.native and stays:
+        raise UsageError(
+            f"{wish.target} holds {stays[0]}, which would be read in place of the pack",
+            hint="--with-pack replaces it; --path-in-repo puts the pack beside it",
+        )
+    return tuple(sorted(path for path in before if path in there.files and path not in files))
 
 
 def _refuse_secrets(files: Mapping[str, Path]) -> None:

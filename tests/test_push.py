@@ -150,6 +150,24 @@ def test_the_pack_beside_or_alone(place: Path, loopback: LoopbackHub, tmp_path: 
         assert (tmp_path / "back" / name).read_bytes() == (place / "vblora" / name).read_bytes()
 
 
+def test_a_push_replaces_the_one_before(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
+    push(place / "lora", "me/a", with_pack=True)
+    loopback.commit("me/a", {"theirs.txt": b"stays"})
+    alone = push(place / "vera", "me/a", pack_only=True)
+    gone = {"adapter_config.json", "adapter_model.safetensors", "packed/adapter.apack"}
+    assert set(alone.removed) == gone
+    assert set(loopback.files("me/a")) == {
+        *(".gitattributes", "README.md", "adapter.apack", "adapterpack_manifest.json", "theirs.txt")
+    }
+    assert adapterpack.inspect("me/a").method == "vera"
+    assert push(place / "lora", "me/a").removed == ("adapter.apack",)
+    adapterpack.pull("me/a", tmp_path / "out")
+    assert adapterpack.inspect(tmp_path / "out").method == "lora"
+    loopback.create("me/b", {"adapter_config.json": b"{}"})
+    with pytest.raises(UsageError, match="in place of the pack"):
+        push(place / "lora", "me/b", pack_only=True)
+
+
 def test_many_adapters_in_one_repository(place: Path, loopback: LoopbackHub) -> None:
     push(place / "lora", "me/zoo", path_in_repo="first")
     push(place / "vera", "me/zoo", path_in_repo="second", base_model="org/other")

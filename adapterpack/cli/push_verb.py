@@ -89,6 +89,8 @@ def _print(r: Push, dry_run: bool) -> None:
     if r.commit is not None:
         rows.append(["commit", r.commit if r.changed else f"{r.commit}: everything was there already"])
         rows.append(["see", r.pull_request or r.url or ""])
+    if r.removed:
+        rows.append(["removed there", ", ".join(r.removed)])
     if r.left_out:
         rows.append(["left out", ", ".join(r.left_out)])
     out.table(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +106,15 @@ def _head(api: Any, reference: Reference, *, private: bool = False) -> str | Non
     return client.ask(str(reference), find, writing=True)
 
 
-def commit(target: Target, files: Mapping[str, Path], *, message: str, create_pr: bool = False) -> Commit:
-    """Make one commit of these files: path in the repository to path here.
+def commit(
+    target: Target,
+    files: Mapping[str, Path],
+    *,
+    message: str,
+    delete: Collection[str] = (),
+    create_pr: bool = False,
+) -> Commit:
+    """Make one commit of these files: path in the repository to path here. `delete` names files that go.
 
     A fault on the way is followed by another try, and each try by a look at what is there: an answer that was lost
     never makes a second commit. Without Xet on the other side, or with a broken one, files go over LFS.
@@ -119,7 +126,7 @@ def commit(target: Target, files: Mapping[str, Path], *, message: str, create_pr
     what = str(target.reference)
     for attempt in range(1, _TRIES + 1):
         try:
-            return _commit(target, files, message, create_pr=create_pr, over_lfs=over_lfs)
+            return _commit(target, files, delete, message, create_pr=create_pr, over_lfs=over_lfs)
         except Exception as e:
             if isinstance(e, AdapterpackError):
                 raise
@@ -127,7 +134,7 @@ def commit(target: Target, files: Mapping[str, Path], *, message: str, create_pr
                 over_lfs = True
                 continue
             pause = client.pause(e)
-            made = None if create_pr else _made(target, files, e)
+            made = None if create_pr else _made(target, files, delete, e)
             if made is not None:
                 return made
             lost = create_pr and pause is not None and client.status(e) is None
@@ -143,8 +150,16 @@ def commit(target: Target, files: Mapping[str, Path], *, message: str, create_pr
     raise AssertionError("unreachable")
 
 
-def _commit(target: Target, files: Mapping[str, Path], message: str, *, create_pr: bool, over_lfs: bool) -> Commit:
-    from huggingface_hub import CommitOperationAdd
+def _commit(
+    target: Target,
+    files: Mapping[str, Path],
+    delete: Collection[str],
+    message: str,
+    *,
+    create_pr: bool,
+    over_lfs: bool,
+) -> Commit:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     with ExitStack() as stack:
         stack.enter_context(client.muted)
@@ -153,6 +168,7 @@ def _commit(target: Target, files: Mapping[str, Path], message: str, *, create_p
             CommitOperationAdd(path, stack.enter_context(place.open("rb")) if over_lfs else str(place))
             for path, place in files.items()
         ]
+        operations += [CommitOperationDelete(path) for path in delete]
         made = client.api().create_commit(
             target.reference.repo,
             operations,
@@ -172,7 +188,7 @@ def _by_xet(e: BaseException) -> bool:
     return type(e).__module__ == "builtins" and isinstance(e, ConnectionError | TimeoutError | RuntimeError)
 
 
-def _made(target: Target, files: Mapping[str, Path], e: BaseException) -> Commit | None:
+def _made(target: Target, files: Mapping[str, Path], delete: Collection[str], e: BaseException) -> Commit | None:
     """The commit, if it was made after all: its answer was lost, or a second try met its own work."""
     if client.pause(e) is None and client.status(e) not in _STALE:
         return None
@@ -181,7 +197,7 @@ def _made(target: Target, files: Mapping[str, Path], e: BaseException) -> Commit
         return None
     now = snapshot.look_up(target.reference.at(head), explicit=True)
     same = all(path in now.files and _same(now.files[path], place) for path, place in files.items())
-    if not same:
+    if not same or any(path in now.files for path in delete):
         raise HubError(
             f"{target.reference} was changed by somebody else meanwhile; nothing was pushed",
             hint="run it again: it looks anew",
