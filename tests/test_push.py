@@ -435,6 +435,11 @@ def test_a_long_rate_limit_is_said_and_not_waited_for(place: Path, loopback: Loo
     with pytest.raises(HubError, match="rate limit") as e:
         push(place / "lora", "me/a")
     assert time.monotonic() - start < 20 and "4000" in str(e.value.hint)
+    loopback.faults.clear()
+    loopback.faults.rate_limit(4000, r"/commit/", times=None)
+    with pytest.raises(HubError, match="rate limit"):
+        push(place / "lora", "me/a")
+    assert time.monotonic() - start < 30
 
 
 def test_nobody_answers(place: Path, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def ask(what: str, call: Callable[[], T], *, where: str = "", writing: bool = Fa
             if isinstance(e, AdapterpackError):
                 raise
             asked = pause(e)
-            if asked is None or asked > _PATIENCE or attempt == _TRIES:
+            if asked is None or attempt == _TRIES:
                 raise translate(e, what, where=where, writing=writing) from e
             time.sleep(max(asked, wait))
             wait = min(2 * wait, _LONGEST_WAIT)
@@ -246,13 +246,21 @@ def status(e: BaseException) -> int | None:
 
 
 def pause(e: BaseException) -> float | None:
-    """How long to wait before a call that failed so is tried again; None: it would fail again."""
-    code = status(e)
-    if code in (429, 503):
-        return _wished(getattr(e, "response", None))
-    if code is not None:
-        return 0.0 if code >= 500 or code == 408 else None
-    return 0.0 if is_network(e) else None
+    """How long to wait before a call that failed so is tried again; None: it would fail again, or it is too long."""
+    answered = _answered(e)
+    code = status(answered)
+    wished = _wished(getattr(answered, "response", None)) if code in (429, 503) else 0.0
+    again = is_network(e) if code is None else code >= 500 or code in (408, 429)
+    return wished if again and wished <= _PATIENCE else None
+
+
+def _answered(e: BaseException) -> BaseException:
+    """The error with the Hub's answer in it, where others were made of it; else the first of all."""
+    from huggingface_hub import errors
+
+    while status(e) is None and e.__cause__ is not None and not isinstance(e, errors.OfflineModeIsEnabled):
+        e = e.__cause__
+    return e
 
 
 def _wished(response: Any) -> float:
@@ -265,16 +273,17 @@ def _wished(response: Any) -> float:
     return float(reset[1]) if reset else 0.0
 
 
-def is_network(e: BaseException | None) -> bool:
+def is_network(e: BaseException) -> bool:
     """Did nobody answer, or not to the end?"""
     from huggingface_hub import errors
 
-    while e is not None:
-        if isinstance(e, errors.OfflineModeIsEnabled) or status(e) is not None:
+    seen: BaseException | None = e
+    while seen is not None:
+        if isinstance(seen, errors.OfflineModeIsEnabled) or status(seen) is not None:
             return False
-        if isinstance(e, ConnectionError | TimeoutError) or type(e).__module__.partition(".")[0] in _NETWORK:
+        if isinstance(seen, ConnectionError | TimeoutError) or type(seen).__module__.partition(".")[0] in _NETWORK:
             return True
-        e = e.__cause__
+        seen = seen.__cause__
     return False
 
 
@@ -282,10 +291,9 @@ def translate(e: BaseException, what: str, *, where: str = "", writing: bool = F
     """What an error of the client means, in one line, with what to do about it."""
     from huggingface_hub import errors
 
-    while status(e) is None and e.__cause__ is not None and not isinstance(e, errors.OfflineModeIsEnabled):
-        e = e.__cause__
+    lost, e = is_network(e), _answered(e)
     said = _by_kind(e, errors, what, where) or _by_status(e, what, writing)
-    if said is None and is_network(e):
+    if said is None and lost:
         said = (
             f"cannot reach the Hub for {what}: {_first_line(e)}",
             "look at the network; HF_HUB_OFFLINE=1 uses the cache",
