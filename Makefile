@@ -38,6 +38,7 @@ lint: $(STAMP)
 bench: $(STAMP)  ## side-by-side measurements; prints tables for benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/vblora_topk.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/pack.py --quick
 
 clean:
 	rm -rf $(VENV) demo-out build dist

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +24,9 @@ from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 # What numpy was seen to do on this machine is tried anew, and the user's own record left alone.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="adapterpack-cache-")
+_CACHE = tempfile.mkdtemp(prefix="adapterpack-cache-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = _CACHE
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 
