@@ -26,6 +26,7 @@ from adapterpack.tensor import digest
 if TYPE_CHECKING:
     from adapterpack.adapter import Progress
 
+_GRADES = ("lossless", "equivalent", "approximate")
 _PACK_ALONE, _PACK_BESIDE = "adapter.apack", "packed/adapter.apack"
 _PUBLIC = (
     *("README.md", "LICENSE*", "NOTICE*", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -84,12 +85,17 @@ class Staged:
             if found is not None:
                 files[_PACK_BESIDE if wish.native else _PACK_ALONE] = found
             text = text_of(kept[card.CARD].read(0, kept[card.CARD].nbytes)) if card.CARD in kept else ""
+            # Refused, if it must be, before anybody is asked.
+            card.fields(text)
             described = _describe(c, wish, base, conversion, files)
         files.pop(card.CARD, None)
         paths = {_in_repo(wish, name): path for name, path in files.items()}
         staged = cls(stage, paths, text, described, left)
         # Of a copy it says how else to gain something, which is not the question here.
         staged.notes = conversion.notes if wish.native and conversion.grade != "lossless" else ()
+        if found == place and left:
+            staged.notes = (f"the pack is pushed as it is, and holds this, too: {', '.join(left)}",)
+            staged.left = []
         return staged
 
     @staticmethod
@@ -189,6 +195,10 @@ def _describe(
     adapter, ranks = _known(c)
     listed = tuple(_pushed(_in_repo(wish, name), path) for name, path in sorted(files.items()) if name != card.CARD)
     task = c.config.get("task_type")
+    made = [(conversion.grade, conversion.max_rel_error)] if wish.native else []
+    if c.pack is not None:
+        # What was lost when the source was packed is lost here, too.
+        made.append((c.pack.manifest.grade, float(c.pack.manifest.error or 0)))
     return Release(
         repo=wish.target.repo,
         folder=wish.target.path,
@@ -198,8 +208,8 @@ def _describe(
         modules=len(adapter.modules) if adapter else 0,
         bytes_in=c.bytes,
         bytes_out=sum(f.bytes for f in listed if not f.path.endswith(apack.SUFFIX) or not wish.native),
-        grade=conversion.grade if wish.native else "lossless",
-        error=conversion.max_rel_error if wish.native else 0.0,
+        grade=max((grade for grade, _ in made), key=_GRADES.index, default=_GRADES[0]),
+        error=sum(error for _, error in made),
         base=base,
         task=task if isinstance(task, str) else None,
         license=wish.license,

@@ -272,6 +272,22 @@ def test_packs_that_need_others_are_refused_unless_told(place: Path, loopback: L
     assert "adapter_model.safetensors" in loopback.files("me/b")
 
 
+def test_what_a_pack_had_lost_is_said(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
+    adapterpack.compress(place / "lora", tmp_path / "q.apack", max_error=0.05)
+    for how in ({}, {"pack_only": True}):
+        result = push(tmp_path / "q.apack", "me/q", **how)
+        assert result.grade == "approximate" and 0 < result.max_rel_error <= 0.05
+        assert "(approximate)" in loopback.files("me/q")["README.md"].decode()
+
+
+def test_a_pack_that_holds_more_says_so(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
+    full = _copy(place / "lora", tmp_path / "full", notes__txt="private")
+    adapterpack.compress(full, tmp_path / "x.apack")
+    result = push(tmp_path / "x.apack", "me/a", pack_only=True)
+    assert "notes.txt" in result.notes[0] and not result.left_out
+    assert push(tmp_path / "x.apack", "me/b").left_out == ("notes.txt",)
+
+
 @pytest.mark.parametrize(
     "how", [{"path_in_repo": "../x"}, {"path_in_repo": ".git"}, {"with_pack": True, "pack_only": True}]
 )
@@ -530,3 +546,26 @@ assert (out[0] - out[1]).abs().max() < 1e-5, (out[0] - out[1]).abs().max()
         )
         assert done.returncode == 0, done.stderr[-2000:]
     assert not loopback.leaks
+
+
+def test_peft_s_own_card_loses_its_local_path(place: Path, loopback: LoopbackHub, tmp_path: Path) -> None:
+    """PEFT writes the path of the base into field and tags; the Hub refuses such a card."""
+    front = "base_model: /home/u/base\nlibrary_name: peft\ntags:\n- base_model:adapter:/home/u/base\n- lora\n- trl\n"
+    own = _copy(place / "lora", tmp_path / "own", README__md=f"---\n{front}---\n# Mine\n")
+    push(own, "me/a")
+    text, front_now = loopback.files("me/a")["README.md"].decode(), _front(loopback, "me/a")
+    assert "/home/u" not in text and front_now["base_model"] == BASE
+    assert front_now["tags"][:2] == ["lora", "trl"]
+
+
+def test_a_card_that_the_hub_refuses_is_said_before_anything_is_there(
+    place: Path, loopback: LoopbackHub, tmp_path: Path
+) -> None:
+    own = _copy(place / "lora", tmp_path / "own", README__md="---\nlicense: my-own\n---\n# Mine\n")
+    with pytest.raises(HubError, match="license"):
+        push(own, "me/a")
+    assert len(loopback.commits("me/a")) == 1
+    bad = _copy(place / "lora", tmp_path / "bad", README__md="---\n[broken\n---\n# Mine\n")
+    with pytest.raises(InvalidFile, match="no YAML"):
+        push(bad, "me/b")
+    assert not loopback.exists("me/b")
