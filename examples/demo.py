@@ -111,12 +111,11 @@ def main() -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print(
         "\nsmallest: bytes of the PEFT directory that still is the same adapter. grade: lossless gives every tensor"
-        "\nback bit for bit, equivalent makes the same change of the weights, approximate stays within the error that"
-        "\nwas allowed. error: how far the change of the weights moved, relative, worst module. as a pack: bytes of the"
-        "\none file that gives every file of the adapter back; where an error was allowed, the adapter within it. merge"
-        "\nproven: each tensor of the merged MiniLM is what the adapter says, within the rounding of its dtype, and all"
-        "\nothers are "
-        f"the base's, byte for byte. The results are in {OUT}/."
+        "\nback bit for bit, equivalent makes the same change of the weights, approximate stays within the error"
+        "\nthat was allowed. error: how far the change of the weights moved, relative, worst module. as a pack:"
+        "\nbytes of the one file that gives every file of the adapter back; where an error was allowed, the adapter"
+        "\nwithin it. merge proven: each tensor of the merged MiniLM is what the adapter says, within the rounding"
+        f"\nof its dtype, and all others are the base's, byte for byte. The results are in {OUT}/."
     )
 
 
