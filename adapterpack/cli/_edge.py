@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import click
 
 from adapterpack.errors import AdapterpackError, UsageError, WriteFailed
-from adapterpack.hub import client
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -75,6 +74,9 @@ def _debug() -> None:
 
 
 def _fail(as_json: bool, code: str, message: str, hint: str | None, exit_code: int) -> int:
+    # Late: what succeeds does not need it.
+    from adapterpack.hub import client
+
     # Errors of others end here, too: whatever they quote, no token of the Hub is among it.
     message = client.scrub(" ".join(message.split()))
     if as_json:
