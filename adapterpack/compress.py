@@ -60,7 +60,6 @@ def compress(
             base=base,
             adapter_only=adapter_only,
             subfolder=subfolder,
-            allow_pickle=allow_pickle,
             jobs=jobs,
             overwrite=overwrite,
             dry_run=dry_run,

@@ -21,7 +21,7 @@ from adapterpack.arithmetic import Arithmetic, Disproved
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, Base
 from adapterpack.containers import apack
-from adapterpack.errors import AdapterpackError, NothingChanged, UsageError, WriteFailed
+from adapterpack.errors import AdapterpackError, NothingChanged, UsageError
 from adapterpack.io import atomic, cores
 from adapterpack.io.files import WholeFile
 from adapterpack.io.resumable import Part, resumable_directory
@@ -311,12 +311,7 @@ class _Job:
         self, stage: Path, layout: Layout, carried: Mapping[str, WholeFile], reused: Mapping[str, object]
     ) -> None:
         needed = sum(s.size for s in layout.shards if s.name not in reused) + sum(f.nbytes for f in carried.values())
-        free = shutil.disk_usage(stage).free
-        if needed > free:
-            raise WriteFailed(
-                f"the merged model takes {needed:,} bytes, and {stage.parent.parent} has {free:,} left",
-                hint="make room, or name an output on another disk",
-            )
+        atomic.check_space(stage.parent.parent, needed, "the merged model")
 
     def _verify(self, stage: Path, xp: Backend, changed: Sequence[str]) -> float:
         """Read merged tensors back and compare them with f64 arithmetic: another path than the one that made them.

@@ -30,7 +30,6 @@ def pack(
     base: str | Path | None = None,
     adapter_only: bool = False,
     subfolder: str | None = None,
-    allow_pickle: bool = False,
     jobs: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -45,7 +44,6 @@ def pack(
             what is near to it is stored as the difference. Unpacking needs it again.
         base: A base model: tensors that equal one of its own are not stored. Unpacking needs it again.
         adapter_only: Leave the training state out.
-        allow_pickle: Accepted as everywhere; a pickle is packed as bytes and never opened.
         jobs: Threads; None: one for each core, four at most.
         dry_run: Code everything, write nothing.
 

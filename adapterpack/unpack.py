@@ -18,7 +18,7 @@ from adapterpack.containers import apack
 from adapterpack.containers.apack.manifest import Tensors
 from adapterpack.containers.apack.reader import Stored, StreamReader
 from adapterpack.conversion import inputs
-from adapterpack.errors import InvalidFile, UsageError, WriteFailed
+from adapterpack.errors import InvalidFile, UsageError
 from adapterpack.io import atomic, cores
 from adapterpack.io.files import OpenFile, start_writeback
 from adapterpack.io.files import write as write_at
@@ -90,7 +90,7 @@ def unpack(
         c = stack.enter_context(containers.open_checkpoint(path, parent=parent, base=sources.base(base), opaque=True))
         assert c.pack is not None
         m = c.pack.manifest
-        _check_space(target.absolute().parent, c.bytes)
+        atomic.check_space(target.absolute().parent, c.bytes, f"what {path} holds")
         with (
             atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage,
             ThreadPoolExecutor(jobs or cores.usable()) as pool,
@@ -115,16 +115,6 @@ def _expect(path: Path, expected: str) -> None:
             f"{path} has SHA-256 {found}, not the expected {expected:.80}",
             hint="it is another file than the one that was promised: fetch it again from a source that you trust",
         )
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    try:
-        found = os.statvfs(directory)
-    except OSError:
-        return
-    free = found.f_bavail * found.f_frsize
-    if free < needed:
-        raise WriteFailed(f"{directory} has {free:,} bytes left, and {needed:,} are needed", hint="make room first")
 
 
 @dataclass(frozen=True, order=True)

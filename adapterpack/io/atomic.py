@@ -124,6 +124,16 @@ def _sync_published(destination: Path) -> None:
         ) from e
 
 
+def check_space(directory: Path, needed: int, what: str) -> None:
+    """Refuse what the disk has no room for, before any of it is written. Raises WriteFailed."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise WriteFailed(
+            f"{what} takes {needed:,} bytes, and {directory} has {free:,} left",
+            hint="make room, or name an output on another disk",
+        )
+
+
 @contextlib.contextmanager
 def create(path: Path) -> Iterator[BinaryIO]:
     """A new file inside a staged directory, durable when the block ends.

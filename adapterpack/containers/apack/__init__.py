@@ -50,11 +50,14 @@ def open_pack(
     opener: OpenAdapter,
 ) -> Checkpoint:
     """Open a pack as the checkpoint that it restores; its `pack` is the pack itself. See `opening` for the errors."""
-    with ExitStack() as stack:
+    # Parent and base are opened when they are needed: they go onto this stack, which the checkpoint closes.
+    stack = ExitStack()
+    try:
         pack = opening.open_pack(place, stack, parent=parent, base=base, depth=depth, opener=opener)
-        found = opening.checkpoint(pack, stack.pop_all(), opaque=opaque)
-        return replace(found, pack=pack)
-    raise AssertionError("unreachable")
+        return replace(opening.checkpoint(pack, stack, opaque=opaque), pack=pack)
+    except BaseException:
+        stack.close()
+        raise
 
 
 def write_pack(

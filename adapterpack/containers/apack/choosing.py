@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterpack.codecs.chain import Chain, store
-from adapterpack.containers.apack.file import dictionary
+from adapterpack.containers.apack.file import dictionary_of
 from adapterpack.containers.apack.placing import StreamPlan
 from adapterpack.io import zstd
 from adapterpack.tensor import Joined, Source
@@ -54,11 +54,11 @@ class Choice:
 
         Args:
             segments: As the chain splits the frame.
-            cuts: Where tensors begin in it, in words.
+            cuts: Where tensors begin in it, in words; none where it does not pay.
             words: How many words it has. (Planes of fewer bytes are not cut: words are left out there.)
         """
         dictionary = dictionary_of(self.chain)
-        return [store(s, self.levels, dictionary, cuts if self.cut and s.size == words else ()) for s in segments]
+        return [store(s, self.levels, dictionary, cuts if s.size == words else ()) for s in segments]
 
 
 def choose(stream: StreamPlan, source: Joined, before: Source | None, total: int) -> Choice:
@@ -83,11 +83,6 @@ def choose(stream: StreamPlan, source: Joined, before: Source | None, total: int
         cut = _cut_pays(best, source, sample)
         return Choice(best, _levels(best, sample, source.nbytes, total), WORDS_FRAME, cut)
     return Choice(best, (zstd.HUFFMAN, _BEST if source.nbytes <= _PATIENT else _FAIR), BYTES_FRAME)
-
-
-def dictionary_of(chain: Chain) -> bytes:
-    """What zstd frames of a chain are coded with."""
-    return dictionary() if chain.text else b""
 
 
 def cuts_in(source: Joined, start: int, stop: int, width: int) -> list[int]:

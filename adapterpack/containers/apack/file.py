@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from adapterpack import limits
+from adapterpack.codecs.chain import Chain
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.io import zstd
 from adapterpack.io.files import OpenFile
@@ -38,6 +39,11 @@ def is_pack(path: Path) -> bool:
 def dictionary() -> bytes:
     """What small files and manifests have in common: part of the format, and of the package."""
     return Path(__file__).with_name("dictionary").read_bytes()
+
+
+def dictionary_of(chain: Chain) -> bytes:
+    """What zstd frames of a chain are coded with."""
+    return dictionary() if chain.text else b""
 
 
 def head(frames: int, digests: int, manifest: int) -> bytes:

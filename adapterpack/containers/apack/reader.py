@@ -273,7 +273,7 @@ class StreamReader:
         frame = self.stream.frames[n]
         where = f"{self._pack.name}: frame {n} of stream {self._number}"
         data = self._pack.stored(self._offsets[n], self._offsets[n + 1], self._digest + n)
-        dictionary = outer.dictionary() if self.stream.chain.text else b""
+        dictionary = outer.dictionary_of(self.stream.chain)
         # Without copies of what is stored as it is.
         view, segments, at = memoryview(data), [], 0
         for decoded, stored in frame.segments:

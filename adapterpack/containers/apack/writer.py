@@ -78,7 +78,7 @@ class _Coder:
         segments = self.chain.split(raw, before)
         cuts = choosing.cuts_in(self.source, start, stop, self.chain.width) if self.choice.cut else []
         stored = self.choice.store(segments, cuts, raw.size // self.chain.width)
-        dictionary = choosing.dictionary_of(self.chain)
+        dictionary = outer.dictionary_of(self.chain)
         again = [chains.restore(s, g.size, "a new frame", dictionary) for s, g in zip(stored, segments, strict=True)]
         if not np.array_equal(self.chain.join(again, raw.size, before), raw):
             raise WriteFailed("a frame does not decode to what was coded: memory or this version is faulty")
