@@ -312,7 +312,7 @@ try:
     main()
 finally:
     assert not {{"torch", "peft", "transformers"}} & sys.modules.keys()
-    if {args[0]!r} == "--version":
+    if {args[0]!r} in ("--version", "inspect"):
         assert "numpy" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.containers.apack import opening
-from adapterpack.containers.apack.facts import Facts, References
 from adapterpack.containers.apack.file import SUFFIX, is_pack
-from adapterpack.containers.apack.manifest import Manifest, place_name
-from adapterpack.containers.apack.opening import OpenAdapter, Where, base_tensors
-from adapterpack.containers.apack.reader import Pack, parents
 from adapterpack.io import cores
 from adapterpack.io.files import OpenFile
 from adapterpack.tensor import Source
 
 if TYPE_CHECKING:
     from adapterpack.adapter import Progress
+    from adapterpack.containers.apack.facts import Facts, References
+    from adapterpack.containers.apack.manifest import Manifest, place_name
+    from adapterpack.containers.apack.opening import OpenAdapter, Where, base_tensors
+    from adapterpack.containers.apack.reader import Pack, parents
 
 __all__ = [
     "SUFFIX",
@@ -39,6 +39,26 @@ __all__ = [
     "place_name",
 ]
 
+_HOMES = {
+    "Facts": "facts",
+    "Manifest": "manifest",
+    "Pack": "reader",
+    "References": "facts",
+    "Where": "opening",
+    "base_tensors": "opening",
+    "parents": "reader",
+    "place_name": "manifest",
+}
+"""Loaded when they are asked for: they bring numpy along, and who looks at a directory needs none of it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
 
 def open_pack(
     place: Path | OpenFile,
@@ -50,6 +70,8 @@ def open_pack(
     opener: OpenAdapter,
 ) -> Checkpoint:
     """Open a pack as the checkpoint that it restores; its `pack` is the pack itself. See `opening` for the errors."""
+    from adapterpack.containers.apack import opening
+
     # Parent and base are opened when they are needed: they go onto this stack, which the checkpoint closes.
     stack = ExitStack()
     try:
@@ -74,7 +96,7 @@ def write_pack(
     progress: Progress | None = None,
 ) -> tuple[Manifest, int]:
     """Write an adapter as a pack; see `writer.write`. `jobs` None: one for each core."""
-    # Late: who only reads packs needs no methods.
+    # Later still: who only reads packs needs no methods.
     from adapterpack.containers.apack import writer
 
     return writer.write(

@@ -7,14 +7,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from adapterpack import limits
-from adapterpack.codecs.chain import Chain
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.io import zstd
 from adapterpack.io.files import OpenFile
 from adapterpack.io.safetensors import METADATA
+
+if TYPE_CHECKING:
+    from adapterpack.codecs.chain import Chain
 
 SUFFIX = ".apack"
 VERSION = "1"
