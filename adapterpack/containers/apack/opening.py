@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,11 +76,14 @@ def open_pack(
 
 def _once(make: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
     made: list[Mapping[str, Tensor]] = []
+    lock = threading.Lock()
 
     def get() -> Mapping[str, Tensor]:
-        if not made:
-            made.append(make())
-        return made[0]
+        # Threads that decode frames ask all at once, and opening a parent hashes it.
+        with lock:
+            if not made:
+                made.append(make())
+            return made[0]
 
     return get
 

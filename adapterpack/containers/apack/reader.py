@@ -339,14 +339,15 @@ class _Late:
 
     def __init__(self, nbytes: int, find: Callable[[], Source]) -> None:
         self.nbytes = nbytes
-        self._find: Callable[[], Source] | None = find
+        self._find = find
         self._source: Source | None = None
 
     def read(self, start: int, stop: int) -> bytes:
-        if self._source is None:
-            assert self._find is not None
+        # Several threads may find it at once; all of them find the same.
+        found = self._source
+        if found is None:
             found = self._find()
             if found.nbytes != self.nbytes:
                 raise InvalidFile(f"{found.nbytes:,} bytes of a tensor were found where {self.nbytes:,} belong")
-            self._source, self._find = found, None
-        return self._source.read(start, stop)
+            self._source = found
+        return found.read(start, stop)
