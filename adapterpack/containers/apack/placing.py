@@ -204,9 +204,10 @@ def _seen(
         return None
     end = tensor.source.read(tensor.nbytes - 32, tensor.nbytes)
     key = (tensor.nbytes, tensor.source.read(0, 32) + end)
-    names = list(tensors)
     for n in seen[key]:
-        if all(a == b for a, b in zip(chunks(tensors[names[n]].source), chunks(tensor.source), strict=True)):
+        if all(
+            a == b for a, b in zip(chunks(tensors[plan.tensors[n].name].source), chunks(tensor.source), strict=True)
+        ):
             return Same(n)
     seen[key].append(len(plan.tensors))
     return None
