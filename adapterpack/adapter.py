@@ -105,6 +105,10 @@ class Shapes(Protocol):
 
     def has(self, tensor: str) -> bool: ...
 
+    def tensor(self, target: str) -> Tensor:
+        """A base tensor, for changes that take another one than the one they change. Raises WrongBase."""
+        ...
+
     def conv1d(self, module: str) -> bool | None:
         """Do its weights lie as (in, out), as GPT-2's Conv1D? None if the base's config does not tell."""
         ...

@@ -20,6 +20,7 @@ from adapterpack.errors import InvalidFile, LossRefused, NothingChanged, Unsuppo
 from adapterpack.limits import LORA_RANK
 from adapterpack.methods import lora
 from adapterpack.methods._keys import PREFIX
+from adapterpack.methods._lora_modules import exactly
 from adapterpack.pairing import Pair, Role
 from adapterpack.tensor import DType, Tensor
 
@@ -295,8 +296,7 @@ class _Job:
         """adapter_config.json: every module by its full path, so that no pattern can match another one."""
         ranks = Counter({m: f.rank for m, f in made.items()})
         most = max(ranks.values())
-        # Anchored and escaped: `(.*\.)?(^path)$` matches this module alone.
-        patterns = {f"^{_escaped(m)}": rank for m, rank in sorted(ranks.items()) if rank != most}
+        patterns = {exactly(m): rank for m, rank in sorted(ranks.items()) if rank != most}
         return {
             "peft_type": lora.peft_type,
             "task_type": _task(self.tuned),
@@ -322,10 +322,6 @@ class _Job:
         others = {p.module for p in self.pairs} - made.keys()
         split = ((m, m.split(".")) for m in others)
         return sorted(m for m, parts in split if any(".".join(parts[i:]) in made for i in range(1, len(parts))))
-
-
-def _escaped(module: str) -> str:
-    return module.replace(".", r"\.")
 
 
 def _shown(pairs: Sequence[Pair]) -> str:

@@ -24,7 +24,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported, UsageError, WrongBase
 from adapterpack.methods import _lowrank, lora
 from adapterpack.methods._keys import flag
-from adapterpack.methods._lora_modules import Module, Scaling, modules
+from adapterpack.methods._lora_modules import Module, Scaling, exactly, modules
 from adapterpack.methods._lora_variants import moved_base
 from adapterpack.tensor import Tensor
 
@@ -268,12 +268,11 @@ def _config(a: Adapter, found: Mapping[str, Module]) -> dict[str, Any]:
     scaling = Scaling(config)
     made = {name: (2 * m.rank, 2 * m.rank * scaling(name, m.rank)) for name, m in found.items()}
     rank, alpha = max(made.values())
-    escaped = {name: name.replace(".", r"\.") for name in made}
     return {
         **config,
         "use_rslora": False,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{escaped[n]}": r for n, (r, _) in made.items() if r != rank},
-        "alpha_pattern": {f"^{escaped[n]}": x for n, (r, x) in made.items() if (r, x) != (rank, alpha)},
+        "rank_pattern": {exactly(n): r for n, (r, _) in made.items() if r != rank},
+        "alpha_pattern": {exactly(n): x for n, (r, x) in made.items() if (r, x) != (rank, alpha)},
     }

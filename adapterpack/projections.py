@@ -17,7 +17,7 @@ from adapterpack.adapter import Adapter, Param
 from adapterpack.base import Base
 from adapterpack.errors import Unsupported, WrongBase
 from adapterpack.methods import lora
-from adapterpack.methods._lora_modules import Module, Scaling, modules
+from adapterpack.methods._lora_modules import Module, Scaling, exactly, modules
 from adapterpack.onescale import named_targets, scaled
 from adapterpack.tensor import Tensor, from_numpy
 
@@ -273,7 +273,7 @@ def _with(
         "r": rank,
         "lora_alpha": scale * rank,
         "use_rslora": False,
-        "rank_pattern": {f"^{m}": r for m, (r, _) in form.items() if r != rank},
-        "alpha_pattern": {f"^{m}": s * r for m, (r, s) in form.items() if (r, s) != (rank, scale)},
+        "rank_pattern": {exactly(m): r for m, (r, _) in form.items() if r != rank},
+        "alpha_pattern": {exactly(m): s * r for m, (r, s) in form.items() if (r, s) != (rank, scale)},
     }
     return replace(a, config=config, modules=params, changed=True)

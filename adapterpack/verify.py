@@ -27,11 +27,11 @@ from adapterpack.adapter import (
 )
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, INDEX, SINGLE, Base
-from adapterpack.errors import AdapterpackError, InvalidFile, UsageError
+from adapterpack.errors import AdapterpackError, InvalidFile, UsageError, WrongBase
 from adapterpack.methods import _lowrank
 from adapterpack.methods._changes import ReplaceChange
 from adapterpack.methods._parameters import LoadedStack
-from adapterpack.tensor import DType, Shape
+from adapterpack.tensor import DType, Shape, Tensor
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
@@ -283,6 +283,9 @@ class _ShapesOf:
 
     def has(self, tensor: str) -> bool:
         return tensor in self._shapes
+
+    def tensor(self, target: str) -> Tensor:
+        raise WrongBase(f"the values of {target} are wanted, and there is no base", hint="--base BASE")
 
     def conv1d(self, module: str) -> bool | None:
         # The changes of an adapter are logical, (out, in).

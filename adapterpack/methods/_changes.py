@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from adapterpack.adapter import Adapter, Block, Effect, Kind, Loaded, LowRank, Product, Replaced
+from adapterpack.adapter import Adapter, Block, Effect, Kind, Loaded, LowRank, Product, Replaced, Shapes
 from adapterpack.errors import WrongBase
+from adapterpack.methods._keys import flag
 from adapterpack.tensor import DType, Shape
 
 if TYPE_CHECKING:
@@ -105,6 +106,32 @@ def linear_kind(
         if fit:
             return kind
     raise WrongBase(f"{target} has shape {shape}, the adapter's change (out, in) = ({out}, {into or 'any'})")
+
+
+def logical_shape(
+    a: Adapter, module: str, shapes: Shapes, *, out: int | None = None, into: int | None = None
+) -> Shape:
+    """(out, in) of a linear layer's weight in the base, (out, in, k...) of a convolution's.
+
+    Args:
+        out, into: What the adapter knows of it, for weights whose shape does not tell how they lie.
+
+    Raises:
+        WrongBase: the base has no such weight, or it does not fit.
+    """
+    target = f"{module}.weight"
+    shape = shapes.shape(target)
+    if len(shape) != 2:
+        return shape
+    conv1d, flagged = shapes.conv1d(module), flag(a.config, "fan_in_fan_out")
+    if out is None and into is not None:
+        kind = linear_kind(target, shape[::-1], into, None, conv1d, flagged)
+        return shape if kind is Kind.LINEAR else shape[::-1]
+    if out is None:
+        crossed = flagged if conv1d is None else conv1d
+        return shape[::-1] if crossed else shape
+    kind = linear_kind(target, shape, out, into, conv1d, flagged)
+    return shape if kind is Kind.LINEAR else shape[::-1]
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,17 @@ class KeyTable:
 
     Args:
         marker: How every parameter name of the method begins, `lora_`.
-        params: Name to key ending, for parameters of one module: `{"lora_A": "lora_A.weight"}`.
-        shared: Names of parameters that all modules share; their keys are `base_model.<name>`.
+        params: Name to key ending, for parameters of one module: `{"lora_A": "lora_A.weight"}`. A segment `*`
+            in both stands for any one segment, `{"A.*": "adamss_A.*"}`: a list or a dictionary of parameters.
+        shared: Names of parameters that all modules share; their keys are `base_model.<name>`. A last segment
+            `*` stands for any one segment.
     """
 
     def __init__(self, marker: str, params: Mapping[str, str], shared: tuple[str, ...] = ()) -> None:
         self.marker = marker
         self.params = dict(params)
         self._endings = {s: name for name, ending in params.items() for s in _spellings(ending)}
+        self._longest = max((s.count(".") + 1 for s in self._endings), default=0)
         self._shared = {
             f"{prefix}{spelling}": name
             for name in shared
@@ -51,11 +54,21 @@ class KeyTable:
 
     def key(self, module: str, name: str) -> str:
         """The key that PEFT writes for a parameter of a module."""
-        return f"{PREFIX}{module}.{self.params[name]}"
+        ending = self.params.get(name)
+        if ending is None:
+            stem, _, last = name.rpartition(".")
+            ending = self.params[f"{stem}.*"].replace("*", last)
+        return f"{PREFIX}{module}.{ending}"
 
     def spells_shared(self, key: str, name: str) -> bool:
         """Is `key` a spelling of this shared parameter?"""
-        return self._shared.get(key) == name
+        return self._shared_name(key) == name
+
+    def _shared_name(self, key: str) -> str | None:
+        name = self._shared.get(key)
+        if name is None and (found := self._shared.get(f"{key.rpartition('.')[0]}.*")) is not None:
+            name = found.replace("*", key.rpartition(".")[2])
+        return name
 
     def parse(self, c: Checkpoint, method: str, encoding: str, *, nested: bool = False) -> Adapter:
         """Sort all tensors of a checkpoint by their keys.
@@ -73,8 +86,8 @@ class KeyTable:
         extra: dict[str, Tensor] = {}
         for key, tensor in c.tensors.items():
             param = Param(key, tensor)
-            if key in self._shared:
-                _put(shared, self._shared[key], param)
+            if (common := self._shared_name(key)) is not None:
+                _put(shared, common, param)
             elif (split := self._split(key)) is not None:
                 module, name = split
                 _put(modules.setdefault(module, {}), name, param)
@@ -108,9 +121,15 @@ class KeyTable:
         if not key.startswith(PREFIX):
             return None
         parts = key.removeprefix(PREFIX).split(".")
-        for n in (1, 2, 3):
-            name = self._endings.get(".".join(parts[-n:]))
-            if name is not None and len(parts) > n:
+        for n in range(1, min(self._longest, len(parts) - 1) + 1):
+            own = parts[-n:]
+            name = self._endings.get(".".join(own))
+            if name is None:
+                # Each segment in turn may be the one that a `*` stands for.
+                ways = ((".".join([*own[:i], "*", *own[i + 1 :]]), own[i]) for i in range(n))
+                found = next(((self._endings[way], part) for way, part in ways if way in self._endings), None)
+                name = None if found is None else found[0].replace("*", found[1])
+            if name is not None:
                 return ".".join(parts[:-n]), name
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,15 +88,29 @@ def pattern_field(config: Mapping[str, Any], field: str) -> tuple[list[Pattern],
     return list(peft_patterns(values, field)), values
 
 
+def exactly(module: str) -> str:
+    """A pattern for this module and none that is merely named like it.
+
+    PEFT puts `(.*\\.)?` before a pattern and takes the first one that matches, in sorted order once it was saved:
+    anchored and escaped, no two of them match one module.
+    """
+    return "^" + re.escape(module)
+
+
 class Scaling:
     """The factor of each module, from the config and the rank that its tensors have.
 
     The rank comes from the tensors: `rank_pattern` was written with sorted keys, so overlapping patterns
     may say something else now than in training.
+
+    Args:
+        field: The config's word for alpha: methods that are akin to LoRA have their own.
+        default: Of PEFT, where the config does not say.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._alpha = config.get("lora_alpha", 8)
+    def __init__(self, config: Mapping[str, Any], field: str = "lora_alpha", default: float = 8) -> None:
+        self._field = field
+        self._alpha = config.get(field, default)
         self._rslora = flag(config, "use_rslora")
         self._patterns, self._values = pattern_field(config, "alpha_pattern")
 
@@ -105,5 +120,5 @@ class Scaling:
             alpha = self._alpha
         number = type(alpha) in (int, float) and math.isfinite(alpha) and 0 < abs(alpha) < 1e9
         if not number:
-            raise InvalidFile(f"lora_alpha of {module} is {alpha!r:.60}; a finite number other than 0 is wanted")
+            raise InvalidFile(f"{self._field} of {module} is {alpha!r:.60}; a finite number other than 0 is wanted")
         return float(alpha / (math.sqrt(rank) if self._rslora else rank))

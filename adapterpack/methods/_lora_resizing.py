@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterpack.adapter import Adapter, LowRank, Param
 from adapterpack.methods import _lowrank
 from adapterpack.methods._keys import flag
-from adapterpack.methods._lora_modules import Module, Scaling, modules
+from adapterpack.methods._lora_modules import Module, Scaling, exactly, modules
 from adapterpack.tensor import BF16, F16, F32, DType, Shape, Tensor
 
 if TYPE_CHECKING:
@@ -222,15 +221,6 @@ def stated(ranks: Mapping[str, int], scales: Mapping[str, float], config: Mappin
         fields["init_lora_weights"] = True
         fields |= {name: None for name in ("eva_config",) if config.get(name)}
     return fields
-
-
-def exactly(module: str) -> str:
-    """A pattern for this module and none that is merely named like it.
-
-    PEFT puts `(.*\\.)?` before a pattern and takes the first one that matches, in sorted order once it was saved:
-    anchored and escaped, no two of them match one module.
-    """
-    return "^" + re.escape(module)
 
 
 def _number(x: float) -> float | int:

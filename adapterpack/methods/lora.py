@@ -21,7 +21,6 @@ from adapterpack.adapter import (
     Grade,
     Kind,
     Outcome,
-    Param,
     Request,
     Shapes,
 )
@@ -181,73 +180,6 @@ def _overlaps(a: Adapter, field: str) -> Iterator[Finding]:
                 warning=True,
             )
             return
-
-
-def from_factors(
-    a: Adapter,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    *,
-    rank: int,
-    rename_bias: str,
-) -> Adapter:
-    """A plain LoRA adapter with scale 1 (alpha = r) from exact factors of another method.
-
-    Args:
-        a: The source: its targeting fields, replaced tensors and extra keys are kept.
-        factors: Module to (A, B), (r, in) and (out, r).
-        rename_bias: The source's word for "bias of adapted layers only", `vera_only`.
-    """
-    source = a.config
-    carried = (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "fan_in_fan_out",
-        "peft_version",
-    )
-    config: dict[str, Any] = {"peft_type": peft_type}
-    config |= {field: source[field] for field in carried if field in source}
-    if not config.get("target_modules"):
-        # Without a list PEFT takes the architecture's default, and each method has its own.
-        config["target_modules"] = sorted(factors)
-    bias = source.get("bias", "none")
-    config |= {
-        "bias": "lora_only" if bias == rename_bias else bias,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    pairs = {
-        module: {
-            "lora_A": Param(keys.key(module, "lora_A"), lora_a),
-            "lora_B": Param(keys.key(module, "lora_B"), lora_b),
-        }
-        for module, (lora_a, lora_b) in factors.items()
-    }
-    return Adapter(
-        method="lora",
-        encoding="lora",
-        config=config,
-        modules=pairs,
-        shared={},
-        replaced=a.replaced,
-        extra=a.extra,
-        source=a.source,
-        metadata={k: v for k, v in a.metadata.items() if k != "adapterpack"},
-        changed=True,
-    )
 
 
 def _same(a: Adapter, request: Request) -> Outcome:

@@ -28,7 +28,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, LossRefused, Unsupported
-from adapterpack.methods import _bank, lora
+from adapterpack.methods import _bank, _to_lora
 from adapterpack.methods._changes import LowRankChange, replacements
 from adapterpack.methods._keys import KeyTable, flag, positive, require
 from adapterpack.recipes import Recipe
@@ -295,27 +295,15 @@ def _warm_start(a: Adapter, request: Request) -> Outcome:
     )
 
 
-def _to_lora(a: Adapter, request: Request) -> Outcome:
-    factors = {}
-    rank = 0
-    for change in changes(a, request):
-        if isinstance(change, LowRankChange):
-            b, a_factor = change.factors(request.xp)
-            factors[change.module] = request.xp.tensor(a_factor), request.xp.tensor(b)
-            rank = b.shape[1]
-    if len({t.shape[0] for t, _ in factors.values()}) > 1:
-        raise InvalidFile("the modules have different ranks")
-    return Outcome(
-        lora.from_factors(a, factors, rank=rank, rename_bias="vblora_only"),
-        Grade.EQUIVALENT,
-        dropped=("the vector bank and the logits: training as VB-LoRA cannot resume from the result",),
-    )
+def _fold(a: Adapter, request: Request) -> Outcome:
+    dropped = "the vector bank and the logits: training as VB-LoRA cannot resume from the result"
+    return _to_lora.fold(a, request, changes(a, request), dropped=dropped)
 
 
 edges: Mapping[str, tuple[Edge, ...]] = {
     FULL: (
         Edge(TOPK, Grade.EQUIVALENT, _to_topk, compact=True),
-        Edge("lora", Grade.EQUIVALENT, _to_lora),
+        Edge("lora", Grade.EQUIVALENT, _fold),
         Edge(
             FULL,
             Grade.LOSSLESS,
@@ -324,7 +312,7 @@ edges: Mapping[str, tuple[Edge, ...]] = {
     ),
     TOPK: (
         Edge(FULL, Grade.EQUIVALENT, _warm_start),
-        Edge("lora", Grade.EQUIVALENT, _to_lora),
+        Edge("lora", Grade.EQUIVALENT, _fold),
         Edge(TOPK, Grade.LOSSLESS, _mend_topk, compact=True),
     ),
 }

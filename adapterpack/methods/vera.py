@@ -30,7 +30,7 @@ from adapterpack.adapter import (
 )
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, LossRefused, WrongBase
-from adapterpack.methods import lora
+from adapterpack.methods import _to_lora
 from adapterpack.methods._changes import LowRankChange, linear_kind, replacements
 from adapterpack.methods._keys import KeyTable, flag, positive, require
 from adapterpack.recipes import FUSED, METADATA_KEY, TWO_ROUNDINGS, Recipe, Uniform
@@ -282,20 +282,11 @@ def _to_projection(a: Adapter, request: Request) -> Outcome:
     )
 
 
-def _to_lora(a: Adapter, request: Request) -> Outcome:
+def _fold(a: Adapter, request: Request) -> Outcome:
     _need_shapes(request)
     _, notes = projections(a, request)
-    factors = {}
-    for change in changes(a, request):
-        if isinstance(change, LowRankChange):
-            b, a_factor = change.factors(request.xp)
-            factors[change.module] = request.xp.tensor(a_factor), request.xp.tensor(b)
-    return Outcome(
-        lora.from_factors(a, factors, rank=_rank(a), rename_bias="vera_only"),
-        Grade.EQUIVALENT,
-        dropped=("the split into projections and vectors: training as VeRA cannot resume from the result",),
-        notes=notes,
-    )
+    dropped = "the split into projections and vectors: training as VeRA cannot resume from the result"
+    return replace(_to_lora.fold(a, request, changes(a, request), dropped=dropped), notes=notes)
 
 
 def _same(a: Adapter, request: Request) -> Outcome:
@@ -305,12 +296,12 @@ def _same(a: Adapter, request: Request) -> Outcome:
 edges: Mapping[str, tuple[Edge, ...]] = {
     PROJECTION: (
         Edge(SEED, Grade.LOSSLESS, _to_seed),
-        Edge("lora", Grade.EQUIVALENT, _to_lora, needs=Need.SHAPES),
+        Edge("lora", Grade.EQUIVALENT, _fold, needs=Need.SHAPES),
         Edge(PROJECTION, Grade.LOSSLESS, _same),
     ),
     SEED: (
         Edge(PROJECTION, Grade.LOSSLESS, _to_projection, needs=Need.SHAPES),
-        Edge("lora", Grade.EQUIVALENT, _to_lora, needs=Need.SHAPES),
+        Edge("lora", Grade.EQUIVALENT, _fold, needs=Need.SHAPES),
         Edge(SEED, Grade.LOSSLESS, _same),
     ),
 }

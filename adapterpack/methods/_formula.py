@@ -1,0 +1,284 @@
+"""Changes that a formula describes: written once, run in PEFT's dtypes for the merge and in f64 for the proof.
+
+Most methods are a few lines of arithmetic on a handful of small tensors. A method gives that arithmetic as a
+function of `Maths`; placing, cutting into blocks, rounding and the noise floor are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from adapterpack.adapter import Block, Effect, Kind, Loaded, LowRank, Param, Product
+from adapterpack.errors import WrongBase
+from adapterpack.methods._changes import linear_kind, transposed
+from adapterpack.tensor import DType, Shape, Tensor
+
+if TYPE_CHECKING:
+    from adapterpack.backend import Array, Backend
+
+    Formula = Callable[["Maths"], Array]
+    """The delta weight, logical: (out, in), (out, in, k...) of a convolution, (out,) of a bias."""
+    Transform = Callable[["Maths", Array], Array]
+    """The changed weight from the weight, both logical."""
+    Factors = Callable[["Maths"], tuple[Array, Array, float]]
+    """(B, A, scale) with delta weight == scale * B @ A exactly, in real arithmetic."""
+
+_EPS = 2.0**-24
+_STRAY = 4.0
+"""How much farther than our own f32 run another honest one may stray from f64: other orders of the same sums."""
+
+
+@dataclass(frozen=True)
+class Maths:
+    """What a formula computes with.
+
+    Attributes:
+        xp: Where.
+        tensors: Parameter name to values: floats as f32, or as f64 where the run is exact; integers as they are.
+        exact: Is it f64 from end to end?
+        dtype: Of the base tensor.
+    """
+
+    xp: Backend
+    tensors: Mapping[str, Array]
+    exact: bool
+    dtype: DType
+
+    @property
+    def torch(self) -> Any:
+        return self.xp.torch
+
+    def __getitem__(self, name: str) -> Array:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def lift(self, values: Tensor | Array) -> Array:
+        """In the float dtype of this run."""
+        return self.xp.f64(values) if self.exact else self.xp.f32(values)
+
+    def rounded(self, values: Array) -> Array:
+        """In the dtype of the base, where PEFT casts on its way; f64 stays what it is."""
+        return values if self.exact else self.xp.round(values, self.dtype)
+
+
+def _maths(xp: Backend, params: Mapping[str, Param], given: Mapping[str, Tensor], exact: bool, dtype: DType) -> Maths:
+    tensors = {name: p.tensor for name, p in params.items()} | dict(given)
+    lift = xp.f64 if exact else xp.f32
+    values = {n: lift(t) if t.dtype.kind == "float" else xp.native(t) for n, t in tensors.items()}
+    return Maths(xp, values, exact, dtype)
+
+
+def _place(target: str, own: Shape, shape: Shape, layer: Kind, conv1d: bool | None, fan_in_fan_out: bool) -> Kind:
+    """How a stored tensor of this shape lies; the change's own shape may have a convolution's inputs flattened."""
+    if layer is Kind.EMBEDDING:
+        if shape == own[::-1]:
+            return Kind.EMBEDDING
+    elif len(own) == 2 and len(shape) == 2:
+        return linear_kind(target, shape, own[0], own[1], conv1d, fan_in_fan_out)
+    elif len(own) < 2 or len(shape) < 3:
+        if shape == own:
+            return Kind.OTHER
+    elif shape[0] == own[0] and math.prod(shape) == math.prod(own):
+        return Kind.CONVOLUTION
+    raise WrongBase(f"{target} has shape {shape}, the adapter's change {own}")
+
+
+def _strayed(ours: Array, exact: Array) -> Array:
+    """f32, broadcastable: what honest f32 arithmetic may lose where ours lost this much.
+
+    Of a row the worst element and of a column too: the neighbours of an element went through the same sums.
+    """
+    lost = abs(ours - exact)
+    if lost.ndim < 2:
+        return lost.max() * _STRAY + abs(exact) * (_STRAY * _EPS)
+    flat = lost.reshape(-1, lost.shape[-1])
+    worst = flat.amax(1, keepdim=True) + flat.amax(0, keepdim=True)
+    return worst.reshape(*lost.shape[:-1], -1) * _STRAY + abs(exact) * (_STRAY * _EPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FormulaChange:
+    """What both kinds have in common; see `adapter.Change`.
+
+    Attributes:
+        module: Path of the module.
+        part: Which of its tensors: `weight` or `bias`.
+        params: Name to parameter; all count as used.
+        shape: Logical (out, in); (out, in, k...) of a convolution, flattened at will; (out,) of a bias.
+        layer: LINEAR (or Conv1D, or a convolution: the base decides) or EMBEDDING.
+        fan_in_fan_out: The config's word on how the weight lies, for square weights.
+        given: More tensors for the formula, of the base or drawn from a seed.
+    """
+
+    module: str
+    part: str = "weight"
+    params: Mapping[str, Param]
+    shape: Shape
+    layer: Kind = Kind.LINEAR
+    fan_in_fan_out: bool = False
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+
+    torch = True
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.part}"
+
+    @property
+    def uses(self) -> frozenset[str]:
+        return frozenset(p.key for p in self.params.values())
+
+    def products(self, kind: Kind) -> tuple[Product, ...]:
+        return ()
+
+    def place(self, shape: Shape, conv1d: bool | None) -> Kind:
+        return _place(self.target, self.shape, shape, self.layer, conv1d, self.fan_in_fan_out)
+
+    def maths(self, xp: Backend, exact: bool, dtype: DType) -> Maths:
+        return _maths(xp, self.params, self.given, exact, dtype)
+
+    def parts(self, xp: Backend) -> Mapping[str, Array]:
+        return {name: xp.native(p.tensor) for name, p in self.params.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseChange(_FormulaChange):
+    """W + scale * delta, where the delta does not depend on W.
+
+    Attributes:
+        delta: The formula.
+        factors: Exact factors of the delta, where it has some.
+        round_delta: PEFT rounds the delta to the base dtype before it adds.
+        scale: A weight of the user's.
+    """
+
+    delta: Formula
+    factors: Factors | None = None
+    round_delta: bool = False
+    scale: float = 1.0
+
+    effect = Effect.ADD
+
+    def whole(self, kind: Kind) -> bool:
+        return False
+
+    def load(self, xp: Backend) -> Loaded:
+        return _LoadedDense(xp, self)
+
+
+@dataclass(frozen=True)
+class _LoadedDense:
+    """See `adapter.Loaded`. The delta is computed once, for all blocks, when the first one asks for it."""
+
+    xp: Backend
+    change: DenseChange
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _kept: dict[tuple[bool, DType], Array] = field(default_factory=dict)
+
+    def _delta(self, exact: bool, dtype: DType) -> Array:
+        with self._lock:
+            if (exact, dtype) not in self._kept:
+                delta = self.change.delta(self.change.maths(self.xp, exact, dtype))
+                if self.change.scale != 1:
+                    delta = delta * self.change.scale
+                self._kept[exact, dtype] = delta
+            return self._kept[exact, dtype]
+
+    def _stored(self, delta: Array, w: Array, block: Block) -> Array:
+        """The rows of the block, as the weight lies."""
+        if w.ndim < 2:
+            return delta.reshape(-1)[block.rows]
+        if transposed(block.kind):
+            return delta.T[block.rows]
+        return delta.reshape(-1, w.shape[-1])[block.rows]
+
+    def low_rank(self) -> LowRank | None:
+        if self.change.factors is None:
+            return None
+        b, a, scale = self.change.factors(self._free)
+        return LowRank(b, a, scale * self.change.scale)
+
+    @cached_property
+    def _free(self) -> Maths:
+        from adapterpack.tensor import F32
+
+        return self.change.maths(self.xp, False, F32)
+
+    def delta(self, rows: slice) -> Array | None:
+        exact = self._delta(True, self._free.dtype)
+        return exact.reshape(exact.shape[0], -1)[rows] if exact.ndim > 1 else exact[rows]
+
+    def parts(self) -> Mapping[str, Array]:
+        return self.change.parts(self.xp)
+
+    def apply(self, w: Array, block: Block) -> Array:
+        delta = self._stored(self._delta(False, block.dtype), w, block)
+        if self.change.round_delta:
+            delta = self.xp.f32(self.xp.round(delta, block.dtype))
+        return w + delta
+
+    def exact(self, w: Array, block: Block) -> Array:
+        return w + self._stored(self._delta(True, block.dtype), w, block)
+
+    def noise(self, w: Array, block: Block) -> Array:
+        ours = self._stored(self._delta(False, block.dtype), w, block)
+        return self.xp.f32(_strayed(ours, self._stored(self._delta(True, block.dtype), w, block)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformChange(_FormulaChange):
+    """W' = f(W), of the whole tensor at once.
+
+    Attributes:
+        transform: The formula.
+    """
+
+    transform: Transform
+
+    effect = Effect.TRANSFORM
+
+    def whole(self, kind: Kind) -> bool:
+        return True
+
+    def load(self, xp: Backend) -> Loaded:
+        return _LoadedTransform(xp, self)
+
+
+@dataclass(frozen=True)
+class _LoadedTransform:
+    """See `adapter.Loaded`."""
+
+    xp: Backend
+    change: TransformChange
+
+    def low_rank(self) -> LowRank | None:
+        return None
+
+    def delta(self, rows: slice) -> Array | None:
+        return None
+
+    def parts(self) -> Mapping[str, Array]:
+        return self.change.parts(self.xp)
+
+    def _run(self, w: Array, block: Block, exact: bool) -> Array:
+        maths = self.change.maths(self.xp, exact, block.dtype)
+        if transposed(block.kind):
+            return maths.lift(self.change.transform(maths, w.T).T)
+        logical = w.reshape(self.change.shape) if block.kind is Kind.CONVOLUTION else w
+        return maths.lift(self.change.transform(maths, logical).reshape(w.shape))
+
+    def apply(self, w: Array, block: Block) -> Array:
+        return self._run(w, block, exact=False)
+
+    def exact(self, w: Array, block: Block) -> Array:
+        return self._run(self.xp.f64(w), block, exact=True)
+
+    def noise(self, w: Array, block: Block) -> Array:
+        return self.xp.f32(_strayed(self.apply(w, block), self.exact(w, block)))
