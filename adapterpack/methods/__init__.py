@@ -5,9 +5,20 @@ from __future__ import annotations
 from adapterpack.adapter import Adapter, Method
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import Unsupported
-from adapterpack.methods import loha, lora, vblora, vera
+from adapterpack.methods import (
+    loha,
+    lora,
+    vblora,
+    vera,
+)
 
-METHODS: dict[str, Method] = {m.peft_type: m for m in (loha, lora, vblora, vera)}
+_TABLE: tuple[Method, ...] = (
+    loha,
+    lora,
+    vblora,
+    vera,
+)
+METHODS: dict[str, Method] = {m.peft_type: m for m in _TABLE}
 
 
 def method_of(c: Checkpoint) -> Method:
