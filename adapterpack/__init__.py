@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from adapterpack.check import Health, check
     from adapterpack.combine import Combination, combine
     from adapterpack.compress import compress
-    from adapterpack.conversion import Conversion
+    from adapterpack.conversion import Conversion, FactoredModule
     from adapterpack.convert import convert
-    from adapterpack.extract import ExtractedModule, Extraction, extract
+    from adapterpack.extract import Extraction, extract
     from adapterpack.inspect import Inspection, inspect
     from adapterpack.merge import Merge, merge
     from adapterpack.pull import Pull, pull
@@ -31,8 +31,8 @@ __all__ = [
     "AdapterpackError",
     "Combination",
     "Conversion",
-    "ExtractedModule",
     "Extraction",
+    "FactoredModule",
     "Health",
     "Inspection",
     "Merge",
@@ -59,8 +59,8 @@ __all__ = [
 _HOMES = {
     "Combination": "combine",
     "Conversion": "conversion",
-    "ExtractedModule": "extract",
     "Extraction": "extract",
+    "FactoredModule": "conversion",
     "Health": "check",
     "Inspection": "inspect",
     "Merge": "merge",

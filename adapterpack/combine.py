@@ -15,8 +15,8 @@ from adapterpack.backend import TorchBackend
 from adapterpack.card import CARD
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.conversion import Conversion
-from adapterpack.convert import Measured, publish
 from adapterpack.errors import LossRefused, Unsupported, UsageError
+from adapterpack.measuring import Measured, publish
 from adapterpack.methods import _lora_combining, _lora_resizing, lora
 from adapterpack.methods._keys import PREFIX, flag
 from adapterpack.methods._lora_combining import DENSE, FACTORS, TYPES, Sum, Way

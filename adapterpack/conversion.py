@@ -6,6 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class FactoredModule:
+    """One module of a LoRA that was factored from a change of W.
+
+    Attributes:
+        name: Path of the module.
+        rank: Of its factors; 0 where a dry run cannot know it.
+        rel_error: Frobenius norm of what the factors leave out, over that of the change, in f64 sums; the factors as
+            written, cast to their dtype. None in a dry run.
+    """
+
+    name: str
+    rank: int
+    rel_error: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """What `convert` or `compress` made, or would make.
@@ -21,6 +37,7 @@ class Conversion:
         max_rel_error: Largest relative error of a module's change of W, measured; 0 where it is exact.
         notes: What the user should know.
         serve: With an engine named: the command that serves it.
+        factored: Of the nearest LoRA, where there is no exact one: rank and error of each module, worst first.
     """
 
     output: str
@@ -33,6 +50,7 @@ class Conversion:
     max_rel_error: float
     notes: tuple[str, ...]
     serve: str | None = None
+    factored: tuple[FactoredModule, ...] = ()
 
 
 def inputs(*places: str | Path | None) -> tuple[Path, ...]:

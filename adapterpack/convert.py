@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import math
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from adapterpack import card, casting, containers, engines, hub, initial, methods, projections, serving, sources
+from adapterpack import (
+    casting,
+    containers,
+    engines,
+    hub,
+    initial,
+    methods,
+    nearest,
+    projections,
+    serving,
+    sources,
+)
 from adapterpack.adapter import (
     EQUIVALENT_ERROR,
     Adapter,
@@ -24,12 +32,11 @@ from adapterpack.adapter import (
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.conversion import Conversion, inputs
-from adapterpack.errors import LossRefused, Unsupported, UsageError, WrongBase
-from adapterpack.methods._keys import render
+from adapterpack.conversion import Conversion, FactoredModule, inputs
+from adapterpack.errors import Unsupported, UsageError
+from adapterpack.measuring import Measured, measure, publish, refuse_loss
 from adapterpack.methods._lora_variants import moved_base
 from adapterpack.tensor import CASTABLE, DType
-from adapterpack.verify import compare, worst
 
 
 def convert(
@@ -44,6 +51,8 @@ def convert(
     base: str | Path | None = None,
     base_dtype: str | None = None,
     init: str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     max_error: float | None = None,
     warm_start: bool = False,
     device: str = "cpu",
@@ -65,10 +74,13 @@ def convert(
             of its own, `fold` it into LoRA where that is exact (with `base`).
         layout: `split` or `fused` projections: q, k, v; gate, up.
         base: Where the base's shapes are to be had; its weights are read only where the change depends on them
-            (a cast of DoRA, `fold`).
+            (a cast of DoRA, `fold`, the nearest LoRA of a multiplicative method).
         base_dtype: The dtype of the base in training, where `base` does not tell.
         init: With `lora`: the adapter as it was before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
-        max_error: The largest relative error allowed; None: nothing beyond `equivalent`.
+        rank, energy: With `lora`, for what has no exact LoRA, or too large a one: the nearest of this rank, or of the
+            least rank that keeps this fraction of the squared singular values. They allow what they lose.
+        max_error: The largest relative error allowed; None: nothing beyond `equivalent`. With `lora`, where there is
+            no exact one, it gives each module the least rank that keeps within.
         warm_start: With `full-logits`: make up the logits that a top-k file lacks.
         dry_run: Measure only; nothing is written.
 
@@ -78,7 +90,8 @@ def convert(
         WrongBase: it needs the base's shapes, or they do not fit.
         DestinationExists, UsageError, WriteFailed: see `io.atomic`.
     """
-    _check_wishes(to, dtype, engine, extra, layout, warm_start, init)
+    wish = nearest.Wish(rank, energy, max_error)
+    _check_wishes(to, dtype, engine, extra, layout, warm_start, init, wish)
     reader = None if engine is None else engines.named(engine)
     source, init = sources.here(source, subfolder), None if init is None else sources.here(init)
     target, protected = Path(destination).expanduser(), inputs(source, base, init)
@@ -98,21 +111,18 @@ def convert(
         request, model, base_notes = _request(
             method, adapter, edge, base, base_dtype, max_error, warm_start, device, stack, strict=layout is None
         )
-        outcome = Outcome(adapter, Grade.LOSSLESS)
-        if edge is not None:
-            if progress:
-                progress("convert", 0, 1)
-            outcome = edge.run(adapter, request)
-        steps = _Steps(method, adapter, outcome, request, model, progress)
+        steps = _first(method, adapter, to, edge, wish, request, model, progress)
         if layout is not None:
             steps.relay(layout)
         if reader is not None:
             steps.serve(reader, extra)
         outcome, measured = steps.end(None if dtype is None else named_dtype(dtype))
-        refuse_loss(measured, max_error)
+        if max_error is not None or not (rank or energy):
+            refuse_loss(measured, max_error)
         outcome = replace(outcome, notes=(*base_notes, *outcome.notes, *measured.notes))
         result = publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
-        return result if reader is None else replace(result, serve=serving.command(reader, outcome.adapter, target))
+        served = None if reader is None else serving.command(reader, outcome.adapter, target)
+        return replace(result, serve=served, factored=steps.factored)
 
 
 def _check_wishes(
@@ -123,8 +133,12 @@ def _check_wishes(
     layout: str | None,
     warm_start: bool,
     init: str | Path | None,
+    wish: nearest.Wish,
 ) -> None:
     """Raise UsageError for wishes that do not go together."""
+    wish.check()
+    if (wish.rank or wish.energy) and to != "lora":
+        raise UsageError("--rank and --energy go with --to lora")
     if to is None and dtype is None and engine is None and layout is None:
         raise UsageError(
             "nothing to convert to", hint="--to ENCODING, --for ENGINE, --layout LAYOUT or --dtype DTYPE"
@@ -143,22 +157,52 @@ def _check_wishes(
         raise UsageError(f"no layout {layout!r:.20}", hint=f"one of {', '.join(projections.LAYOUTS)}")
 
 
+def _first(
+    method: Method,
+    a: Adapter,
+    to: str | None,
+    edge: Edge | None,
+    wish: nearest.Wish,
+    request: Request,
+    model: Base | None,
+    progress: Progress | None,
+) -> _Steps:
+    """To the encoding or method that was named: by the method's own conversion, or to the nearest LoRA."""
+    if to == "lora" and (wish.rank or wish.energy or not nearest.is_exact(method, a, request)):
+        found = nearest.lora(method, a, wish, request, progress=progress)
+        made = found.outcome
+        steps = _Steps((methods.METHODS["LORA"], made.adapter), made, request, model, progress)
+        steps.error, steps.factored = found.error, found.modules
+        return steps
+    outcome = Outcome(a, Grade.LOSSLESS)
+    if edge is not None:
+        if progress:
+            progress("convert", 0, 1)
+        outcome = edge.run(a, request)
+    return _Steps((method, a), outcome, request, model, progress)
+
+
 class _Steps:
-    """Conversions one after the other, each measured against what it was made of."""
+    """Conversions one after the other, each measured against what it was made of.
+
+    Attributes:
+        error: The sum of what they lost, each by its worst module.
+        factored: The modules of a nearest LoRA.
+    """
 
     def __init__(
         self,
-        method: Method,
-        source: Adapter,
+        before: tuple[Method, Adapter],
         outcome: Outcome,
         request: Request,
         model: Base | None,
         progress: Progress | None,
     ) -> None:
-        self._before = (method, source)
+        self._before = before
         self._outcome, self._comparable = outcome, outcome.adapter
         self._request, self._model, self._progress = request, model, progress
-        self._error, self._notes = 0.0, tuple[str, ...]()
+        self.error, self._notes = 0.0, tuple[str, ...]()
+        self.factored: tuple[FactoredModule, ...] = ()
 
     def relay(self, layout: str) -> None:
         """Split or fuse projections; measured on the way back, where the modules are the same again."""
@@ -176,7 +220,7 @@ class _Steps:
         prepared = serving.prepare(reader, self._before[1], self._outcome, extra, self._model)
         self._before = (self._before[0], prepared.reference)
         self._outcome, self._comparable = prepared.outcome, prepared.comparable
-        self._error += prepared.error
+        self.error += prepared.error
         self._notes = (*self._notes, *serving.advice(reader, prepared.outcome.adapter))
 
     def end(self, dtype: DType | None) -> tuple[Outcome, Measured]:
@@ -185,13 +229,13 @@ class _Steps:
             comparable = cast_outcome(replace(self._outcome, adapter=self._comparable), dtype).adapter
             self._outcome, self._comparable = cast_outcome(self._outcome, dtype), comparable
         last = self._measure(replace(self._outcome, adapter=self._comparable))
-        equivalent = last.grade is not Grade.APPROXIMATE and self._error <= EQUIVALENT_ERROR
+        equivalent = last.grade is not Grade.APPROXIMATE and self.error <= EQUIVALENT_ERROR
         grade = last.grade if equivalent else Grade.APPROXIMATE
-        return self._outcome, Measured(grade, self._error, (*self._notes, *last.notes))
+        return self._outcome, Measured(grade, self.error, (*self._notes, *last.notes))
 
     def _measure(self, outcome: Outcome) -> Measured:
         measured = measure(self._before, outcome, self._request, self._model, self._progress)
-        self._error += measured.error
+        self.error += measured.error
         return measured
 
 
@@ -222,8 +266,8 @@ def _without_start(
     return outcome, Measured(grade, max(error, cast.error), cast.notes)
 
 
-def find_edge(method: Method, a: Adapter, to: str) -> Edge:
-    """The conversion from the adapter's encoding to `to`.
+def find_edge(method: Method, a: Adapter, to: str) -> Edge | None:
+    """The conversion from the adapter's encoding to `to`; None for the nearest LoRA, which all have.
 
     Raises:
         Unsupported: there is none; the ones that there are are named.
@@ -232,7 +276,9 @@ def find_edge(method: Method, a: Adapter, to: str) -> Edge:
     for edge in edges:
         if edge.to == to:
             return edge
-    ways = ", ".join(sorted({e.to for e in edges}))
+    if to == "lora":
+        return None
+    ways = ", ".join(sorted({"lora", *(e.to for e in edges)}))
     raise Unsupported(
         f"{a.method} in the {a.encoding} encoding cannot become {to!r}", hint=f"--to takes {ways} for it"
     )
@@ -313,104 +359,3 @@ def cast_outcome(outcome: Outcome, dtype: DType) -> Outcome:
     if new is a:
         return replace(outcome, notes=notes)
     return Outcome(new, min(outcome.grade, Grade.EQUIVALENT), outcome.dropped, notes)
-
-
-_SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-"""What a LoRA's scales come from."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a conversion did to the change of W.
-
-    Attributes:
-        grade: The one that it really reached.
-        error: The largest relative error of a module.
-        notes: How it was compared, where that is not plain.
-    """
-
-    grade: Grade
-    error: float
-    notes: tuple[str, ...] = ()
-
-
-def measure(
-    before: tuple[Method, Adapter],
-    outcome: Outcome,
-    request: Request,
-    model: Base | None = None,
-    progress: Progress | None = None,
-) -> Measured:
-    """Compare an outcome with what it was made of.
-
-    A lossless one gives back the same tensors and is not measured; nor is one whose values are all the same.
-
-    Args:
-        model: The base, for changes that depend on W.
-    """
-    if outcome.grade is Grade.LOSSLESS:
-        return Measured(Grade.LOSSLESS, 0.0)
-    # What would be refused by merge is not handed on either: this reads no values.
-    with contextlib.suppress(WrongBase):
-        collections.deque(before[0].changes(before[1], request), maxlen=0)
-    same_scales = all(before[1].config.get(f) == outcome.adapter.config.get(f) for f in _SCALES)
-    if outcome.grade is Grade.EQUIVALENT and same_scales and casting.same_values(before[1], outcome.adapter):
-        return Measured(Grade.EQUIVALENT, 0.0)
-    after = (methods.METHODS[outcome.adapter.method.upper()], outcome.adapter)
-    weights = model if model is not None and model.tensors else None
-    errors, findings, notes = compare(before, after, request, model=weights, largest=False, progress=progress)
-    error = math.inf if any(f.code != "difference" for f in findings) else worst(errors)
-    equivalent = outcome.grade is Grade.EQUIVALENT and error <= EQUIVALENT_ERROR
-    return Measured(Grade.EQUIVALENT if equivalent else Grade.APPROXIMATE, error, tuple(notes))
-
-
-def refuse_loss(measured: Measured, max_error: float | None) -> None:
-    """Raise LossRefused if the measured error is more than was allowed."""
-    allowed = EQUIVALENT_ERROR if max_error is None else max_error
-    error = measured.error
-    if measured.grade is Grade.APPROXIMATE and not error <= allowed:
-        hint = "the values leave the dtype's range"
-        if math.isfinite(error):
-            hint = f"allow it with --max-error {_round_up(error):.2g}"
-        raise LossRefused(
-            f"the change of W would move by {error:.2g} (relative, worst module); allowed is {allowed:.2g}", hint=hint
-        )
-
-
-def _round_up(x: float) -> float:
-    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
-    return math.ceil(x / unit) * unit
-
-
-def publish(
-    checkpoint: Checkpoint,
-    outcome: Outcome,
-    measured: Measured,
-    target: Path,
-    protected: tuple[Path, ...],
-    *,
-    overwrite: bool,
-    dry_run: bool,
-    max_error: float | None = None,
-) -> Conversion:
-    """Write the result, its card mended, and say what it is."""
-    a = outcome.adapter
-    dropped = (*outcome.dropped, *(f"file {name}" for name in checkpoint.left))
-    rendered = render(a)
-    if a.changed:
-        rendered = replace(rendered, files=card.mended(rendered.files, checkpoint, a))
-    facts = containers.apack.Facts.after(checkpoint, a, measured.grade, measured.error, max_error, dropped)
-    size = containers.write_checkpoint(
-        rendered, target, overwrite=overwrite, sources=protected, facts=facts, dry_run=dry_run
-    )
-    return Conversion(
-        output=str(target),
-        method=a.method,
-        encoding=a.encoding,
-        bytes_in=checkpoint.bytes,
-        bytes_out=size,
-        grade=str(measured.grade),
-        dropped=dropped,
-        max_rel_error=measured.error,
-        notes=outcome.notes,
-    )

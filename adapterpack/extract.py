@@ -15,6 +15,7 @@ from adapterpack.adapter import Progress
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
+from adapterpack.conversion import FactoredModule
 from adapterpack.convert import named_dtype
 from adapterpack.errors import InvalidFile, LossRefused, NothingChanged, Unsupported, UsageError
 from adapterpack.limits import LORA_RANK
@@ -33,22 +34,6 @@ _EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 
 
 @dataclass(frozen=True)
-class ExtractedModule:
-    """One matrix as a product.
-
-    Attributes:
-        name: Path of the module.
-        rank: Of its factors; 0 where a dry run cannot know it.
-        rel_error: Frobenius norm of what the factors leave out, over that of the change, in f64 sums; the factors as
-            written, cast to their dtype. None in a dry run.
-    """
-
-    name: str
-    rank: int
-    rel_error: float | None
-
-
-@dataclass(frozen=True)
 class Extraction:
     """What `extract` made, or would make.
 
@@ -64,7 +49,7 @@ class Extraction:
     """
 
     output: str
-    modules: tuple[ExtractedModule, ...]
+    modules: tuple[FactoredModule, ...]
     max_rel_error: float | None
     unchanged: int
     kept: tuple[str, ...]
@@ -220,7 +205,7 @@ class _Job:
         kept = rest.keep(pairs, targets, left, tuned) if how.rest == "keep" else rest.Kept()
         return cls(reference, tuned, pairs, targets, left, kept, how, _notes(base, tuned, pairs, how))
 
-    def run(self, xp: Backend, progress: Progress | None) -> tuple[list[ExtractedModule], dict[str, _Factors]]:
+    def run(self, xp: Backend, progress: Progress | None) -> tuple[list[FactoredModule], dict[str, _Factors]]:
         """Factor one change after the other."""
         self.kept.check_finite()
         modules, made = [], {}
@@ -233,7 +218,7 @@ class _Job:
                     f"{p.name}: its factors leave the range of {self.how.dtype}", hint="--dtype float32"
                 )
             made[p.module] = factors
-            modules.append(ExtractedModule(p.module, factors.rank, error))
+            modules.append(FactoredModule(p.module, factors.rank, error))
         if progress:
             progress("extract", len(self.targets), len(self.targets))
         return modules, made
@@ -246,9 +231,9 @@ class _Job:
         else:
             b, a = svd.at_energy(xp, d, how.energy or 1.0, how.max_rank)
         b, a = (xp.round(x.contiguous().cpu(), how.dtype) for x in (b, a))
-        return _Factors(xp.tensor(a), xp.tensor(b)), _error(d, b, a)
+        return _Factors(xp.tensor(a), xp.tensor(b)), svd.lost(d, b, a)
 
-    def result(self, target: Path, modules: Sequence[ExtractedModule], size: int) -> Extraction:
+    def result(self, target: Path, modules: Sequence[FactoredModule], size: int) -> Extraction:
         worst = sorted(modules, key=lambda m: (-(m.rel_error or 0.0), m.name))
         linear = sum(p.role is Role.LINEAR for p in self.pairs)
         errors = [m.rel_error for m in modules if m.rel_error is not None]
@@ -269,13 +254,13 @@ class _Job:
             notes=tuple(notes),
         )
 
-    def _short(self, m: ExtractedModule) -> bool:
+    def _short(self, m: FactoredModule) -> bool:
         return m.rel_error is not None and m.rel_error**2 > (1 - (self.how.energy or 1.0)) * (1 + 1e-3) + 1e-12
 
     def planned(self, target: Path) -> Extraction:
         """What is known without an SVD."""
         rank = self.how.rank
-        modules = [ExtractedModule(p.module, min(rank or 0, *p.base.shape), None) for p in self.targets]
+        modules = [FactoredModule(p.module, min(rank or 0, *p.base.shape), None) for p in self.targets]
         size = 0
         if rank is not None:
             made = {p.module: _unmade(p, m.rank, self.how.dtype) for p, m in zip(self.targets, modules, strict=True)}
@@ -398,16 +383,3 @@ def _rows(xp: Backend, t: Tensor, start: int, stop: int) -> Array:
     size = t.shape[1] * t.dtype.bits // 8
     data = t.source.read(start * size, stop * size)
     return xp.array(data, t.dtype, (stop - start, t.shape[1]))
-
-
-def _error(d: Array, b: Array, a: Array) -> float:
-    """‖d - b @ a‖ / ‖d‖, block by block, in f64 (on the CPU where the device has none)."""
-    place = "cpu" if d.device.type == "mps" else d.device
-    b, a = b.to(place).double(), a.to(place).double()
-    lost = whole = 0.0
-    step = max(1, _BLOCK // d.shape[1])
-    for start in range(0, d.shape[0], step):
-        block = d[start : start + step].to(place).double()
-        whole += float((block**2).sum())
-        lost += float(((block - b[start : start + step] @ a) ** 2).sum())
-    return math.sqrt(lost / whole) if whole else (0.0 if not lost else math.inf)

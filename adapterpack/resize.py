@@ -14,8 +14,8 @@ from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Grade, Outcome, Progr
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.containers import size_of
 from adapterpack.conversion import Conversion, inputs
-from adapterpack.convert import Measured, publish, refuse_loss
 from adapterpack.errors import Unsupported, UsageError
+from adapterpack.measuring import Measured, publish, refuse_loss
 from adapterpack.methods import _lora_resizing, _lowrank
 from adapterpack.methods._keys import render
 from adapterpack.methods._lora_resizing import Cut, Part

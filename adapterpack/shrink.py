@@ -14,15 +14,8 @@ from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.containers import apack, size_of
 from adapterpack.conversion import Conversion, inputs
-from adapterpack.convert import (
-    Measured,
-    cast_outcome,
-    depends_on_shapes,
-    measure,
-    open_shapes,
-    publish,
-    refuse_loss,
-)
+from adapterpack.convert import cast_outcome, depends_on_shapes, open_shapes
+from adapterpack.measuring import Measured, measure, publish, refuse_loss
 from adapterpack.methods import _lora_resizing
 from adapterpack.methods._keys import render
 from adapterpack.quantise import quantised

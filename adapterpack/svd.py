@@ -6,6 +6,7 @@ iterations, and the SVD of what is left. The random matrix is seeded: the same m
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ EXACT = 512
 _POWERS = 4
 _SEED = 0x5EED
 _ROWS = 512
+_BLOCK = 1 << 20
+"""Elements of a block that is compared at a time."""
 _FIRST = 64
 """The rank that a sketch for an energy starts with."""
 
@@ -61,6 +64,22 @@ def at_energy(xp: Backend, d: Array, energy: float, most: int | None = None) -> 
     u, s, vh = _exact(xp, d)
     kept = _least(s, energy, _energy(s), small)
     return _shared(u, s, vh, min(kept or small, most))
+
+
+def lost(d: Array, b: Array, a: Array) -> float:
+    """The relative Frobenius error of b @ a against d, block by block, in f64 (on the CPU where the device has none).
+
+    0/0 is 0, x/0 is infinite.
+    """
+    place = "cpu" if d.device.type == "mps" else d.device
+    b, a = b.to(place).double(), a.to(place).double()
+    missed = whole = 0.0
+    step = max(1, _BLOCK // d.shape[1])
+    for start in range(0, d.shape[0], step):
+        block = d[start : start + step].to(place).double()
+        whole += float((block**2).sum())
+        missed += float(((block - b[start : start + step] @ a) ** 2).sum())
+    return math.sqrt(missed / whole) if whole else (0.0 if not missed else math.inf)
 
 
 def _energy(values: Array) -> float:

@@ -47,11 +47,13 @@ LAYERS = [
         "pairing",
         "rest",
         "svd",
+        "nearest",
         "initial",
     },
     {
         "inspect",
         "check",
+        "measuring",
         "convert",
         "compress",
         "shrink",

@@ -16,7 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from adapterpack.adapter import Progress
-    from adapterpack.conversion import Conversion
+    from adapterpack.conversion import Conversion, FactoredModule
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -172,6 +172,7 @@ def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, 
     if quiet:
         click.echo(r.output)
         return
+    modules(r.factored)
     form = r.method + (f" ({r.encoding})" if r.encoding not in (r.method, None) else "")
     rows = [
         ["output" if not dry_run else "would write", r.output],
@@ -187,6 +188,19 @@ def print_conversion(verb: str, r: Conversion, *, dry_run: bool, as_json: bool, 
         rows.append(["serve with" if not r.serve.startswith("Peft") else "load with", r.serve])
     table(rows)
     say(r.notes)
+
+
+_SHOWN = 10
+
+
+def modules(found: Sequence[FactoredModule], *, planned: bool = False) -> None:
+    """The worst modules of a LoRA that was factored."""
+    if not found:
+        return
+    rows = [[m.name, str(m.rank or "?"), "?" if m.rel_error is None else number(m.rel_error)] for m in found[:_SHOWN]]
+    table(rows, ["modules" if planned else "worst modules", "rank", "relative error"], right=(1, 2))
+    if len(found) > _SHOWN:
+        click.echo(f"... and {len(found) - _SHOWN} {'more' if planned else 'better ones'}; --json has them all")
 
 
 def size(n: int) -> str:

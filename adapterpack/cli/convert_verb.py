@@ -26,6 +26,8 @@ from adapterpack.convert import convert
 @click.option("--base", metavar="BASE", help="The base model; shapes, seldom weights, are read.")
 @click.option("--base-dtype", metavar="D", help="dtype of the base in training, where BASE does not tell.")
 @click.option("--init", metavar="INIT", help="PiSSA, OLoRA, CorDA, LoRA-GA to lora: the adapter before training.")
+@click.option("--rank", type=int, metavar="R", help="With --to lora: the nearest of this rank, where none is exact.")
+@click.option("--energy", type=float, metavar="F", help="With --to lora: the rank that keeps F of the energy.")
 @click.option(
     "--max-error", type=float, metavar="E", callback=out.error_bound, help="Largest relative error allowed."
 )
@@ -46,6 +48,8 @@ def command(
     base: str | None,
     base_dtype: str | None,
     init: str | None,
+    rank: int | None,
+    energy: float | None,
     max_error: float | None,
     warm_start: bool,
     device: str,
@@ -62,6 +66,8 @@ def command(
     VB-LoRA  full-logits -> topk, lora;  topk -> lora, full-logits (with --warm-start)
     VeRA     projection -> seed, lora;   seed -> projection, lora (lora takes --base)
     PiSSA, OLoRA, CorDA, LoRA-GA -> lora: exact with --init; PiSSA and OLoRA also with --base
+    LoHa, LoKr, AdaLoRA, ... -> lora: exact where the method has a low-rank form
+    all      -> lora: the nearest one with --rank, --energy or --max-error (with --base, where it depends on W)
     all      --dtype, --for (plain LoRA that the engine reads as PEFT does), --layout
 
     What is lost is measured on the change of W. Beyond 5e-6 it is refused (exit code 4), save within
@@ -79,6 +85,8 @@ def command(
             base=base,
             base_dtype=base_dtype,
             init=init,
+            rank=rank,
+            energy=energy,
             max_error=max_error,
             warm_start=warm_start,
             device=device,

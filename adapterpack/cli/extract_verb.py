@@ -80,13 +80,7 @@ def command(
 
 
 def _print(r: Extraction, dry_run: bool) -> None:
-    rows = [
-        [m.name, str(m.rank or "?"), "?" if m.rel_error is None else out.number(m.rel_error)]
-        for m in r.modules[:_SHOWN]
-    ]
-    out.table(rows, ["modules" if dry_run else "worst modules", "rank", "relative error"], right=(1, 2))
-    if len(r.modules) > _SHOWN:
-        click.echo(f"... and {len(r.modules) - _SHOWN} {'more' if dry_run else 'better ones'}; --json has them all")
+    out.modules(r.modules, planned=dry_run)
     facts = [
         ["would write" if dry_run else "output", r.output],
         ["modules", f"{len(r.modules)} as LoRA, {r.unchanged} unchanged"],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterpack.adapter import Adapter, Change, Grade, Kind, Outcome, Param, Request
 from adapterpack.errors import Unsupported
 from adapterpack.methods import lora
 from adapterpack.methods._changes import ReplaceChange
 from adapterpack.methods._lora_modules import exactly
-from adapterpack.tensor import Tensor
+from adapterpack.tensor import Shape, Tensor
+
+if TYPE_CHECKING:
+    from adapterpack.backend import Array, Backend
 
 _CARRIED = (
     "auto_mapping",
@@ -53,18 +56,25 @@ def fold(a: Adapter, request: Request, changes: Iterable[Change], *, dropped: st
                 " --max-error",
             )
         b = found.b if found.scale == 1 else found.b * found.scale
-        if getattr(change, "layer", Kind.LINEAR) is Kind.EMBEDDING:
-            pair = {"lora_embedding_A": found.a, "lora_embedding_B": b}
-        elif len(change.shape) > 2:
-            rank = found.a.shape[0]
-            pair = {
-                "lora_A": found.a.reshape(rank, *change.shape[1:]),
-                "lora_B": b.reshape(-1, rank, *(1 for _ in change.shape[2:])),
-            }
-        else:
-            pair = {"lora_A": found.a, "lora_B": b}
-        factors[change.module] = {name: xp.tensor(values) for name, values in pair.items()}
+        embedding = getattr(change, "layer", Kind.LINEAR) is Kind.EMBEDDING
+        factors[change.module] = parameters(xp, b, found.a, change.shape, embedding=embedding)
     return Outcome(from_factors(a, factors), Grade.EQUIVALENT, dropped=(dropped,))
+
+
+def parameters(xp: Backend, b: Array, a: Array, shape: Shape, *, embedding: bool) -> dict[str, Tensor]:
+    """The factors of a module under LoRA's names and in its shapes.
+
+    Args:
+        b: (out, r), f32.
+        a: (r, in), or (r, in * k...) of a convolution, f32.
+        shape: Logical, of the delta weight.
+    """
+    if embedding:
+        return {"lora_embedding_A": xp.tensor(a), "lora_embedding_B": xp.tensor(b)}
+    if len(shape) > 2:
+        rank = a.shape[0]
+        a, b = a.reshape(rank, *shape[1:]), b.reshape(-1, rank, *(1 for _ in shape[2:]))
+    return {"lora_A": xp.tensor(a), "lora_B": xp.tensor(b)}
 
 
 def from_factors(a: Adapter, factors: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
