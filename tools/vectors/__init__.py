@@ -20,6 +20,7 @@ Modules without FORMAT (common, hostile, whatever methods share) only help. A mo
 A whole method, as an example:
 
     """formats/miss: MiSS."""
+
     from __future__ import annotations
 
     from typing import Any
@@ -28,7 +29,7 @@ A whole method, as an example:
     from peft import MissConfig
 
     from vectors.common import PFX, Case, Context, Tensors, f64
-    from vectors.hostile import Q, Cases, directory, ramp
+    from vectors.hostile import Cases, Q, directory, ramp
 
     FORMAT = "miss"
     PEFT_TYPES = ("MISS",)
@@ -39,10 +40,10 @@ A whole method, as an example:
         tail = ".miss_block"
         for key in sorted(k for k in tensors if k.endswith(tail)):
             module = key.removesuffix(tail).removeprefix(PFX)
-            block = f64(tensors.pop(key))                             # pop what the method knows
-            out, into = ctx.logical(module)
-            delta = np.tile(block, (-(-into // len(block)), 1))[:into].T     # (out, in)
-            ctx.add(f"{module}.weight", ctx.stored(module, delta))       # one result for each base tensor
+            block = f64(tensors.pop(key))  # pop what the method knows
+            _, into = ctx.logical(module)
+            delta = np.tile(block, (-(-into // len(block)), 1))[:into].T  # (out, in)
+            ctx.add(f"{module}.weight", ctx.stored(module, delta))  # one result for each base tensor
 
 
     def miss(**kw: Any) -> Any:
