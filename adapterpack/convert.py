@@ -98,8 +98,9 @@ def convert(
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         here = sources.base(base)
-        opened = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
-        checkpoint = stack.enter_context(opened)
+        checkpoint = stack.enter_context(
+            containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
+        )
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
             refuse_loss(measured, max_error)
@@ -109,7 +110,7 @@ def convert(
             to = "lora"
         edge = None if to is None else find_edge(method, adapter, to)
         request, model, base_notes = _request(
-            method, adapter, edge, base, base_dtype, max_error, warm_start, device, stack, strict=layout is None
+            method, adapter, edge, base, base_dtype, wish, warm_start, device, stack, strict=layout is None
         )
         steps = _first(method, adapter, to, edge, wish, request, model, progress)
         if layout is not None:
@@ -119,10 +120,10 @@ def convert(
         outcome, measured = steps.end(None if dtype is None else named_dtype(dtype))
         if max_error is not None or not (rank or energy):
             refuse_loss(measured, max_error)
-        outcome = replace(outcome, notes=(*base_notes, *outcome.notes, *measured.notes))
+        outcome = replace(outcome, notes=base_notes + outcome.notes + measured.notes)
         result = publish(checkpoint, outcome, measured, target, protected, overwrite=overwrite, dry_run=dry_run)
-        served = None if reader is None else serving.command(reader, outcome.adapter, target)
-        return replace(result, serve=served, factored=steps.factored)
+        serve = None if reader is None else serving.command(reader, outcome.adapter, target)
+        return replace(result, serve=serve, factored=steps.factored)
 
 
 def _check_wishes(
@@ -301,7 +302,7 @@ def _request(
     edge: Edge | None,
     base: str | Path | None,
     base_dtype: str | None,
-    max_error: float | None,
+    wish: nearest.Wish,
     warm_start: bool,
     device: str,
     stack: ExitStack,
@@ -312,7 +313,7 @@ def _request(
     wanted = Need.SHAPES in edge.needs if edge is not None else depends_on_shapes(method, a)
     shapes, notes = open_shapes(a, base, stack, wanted=wanted, strict=strict)
     known = None if base_dtype is None else named_dtype(base_dtype)
-    return Request(TorchBackend(device), shapes, known, max_error, warm_start), shapes, notes
+    return Request(TorchBackend(device), shapes, known, wish.max_error, warm_start), shapes, notes
 
 
 def depends_on_shapes(method: Method, a: Adapter) -> bool:

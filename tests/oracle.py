@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import os
 import warnings
@@ -21,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import custom_models
 import peft
 import torch
 import transformers
@@ -32,6 +34,8 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertModel,
@@ -256,8 +260,10 @@ def tiny_model(
     bias: bool = False,
     seed: int = 1234,
     **over: Any,
-) -> PreTrainedModel:
+) -> Any:
     """A tiny random model in eval mode. Same arguments, same weights, whatever ran before.
+
+    A `PreTrainedModel`, or for the kinds of custom_models.py a bare `nn.Module`, whose only field is `layers`.
 
     Every value is drawn in float32 from a generator of its own and then cast, by module order, so the
     weights do not depend on the initialisers of a transformers version: matrices N(0, 0.05), vectors
@@ -265,7 +271,12 @@ def tiny_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _class(kind)(tiny_config(kind, tie, bias, **over))
+        if custom_models.is_custom(kind):
+            if tie or bias:
+                raise ValueError(f"{kind}: say in the layers which have biases; none are tied")
+            model = custom_models.build(kind, **over)
+        else:
+            model = _class(kind)(tiny_config(kind, tie, bias, **over))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():  # tied tensors appear once
@@ -277,17 +288,42 @@ def tiny_model(
     return model.to(dtype).eval()
 
 
+_LAYERS = "custom_layers"
+"""Where the weights of a custom model say its layers, for `load_base`: there is no config.json to name a class."""
+
+
 @_quiet
-def save_base(model: PreTrainedModel, path: str | os.PathLike[str], max_shard_size: str | int | None = None) -> Path:
-    """Write a base model directory (safetensors; several shards and an index if `max_shard_size` says so)."""
+def save_base(model: Any, path: str | os.PathLike[str], max_shard_size: str | int | None = None) -> Path:
+    """Write a base model directory (safetensors; several shards and an index if `max_shard_size` says so).
+
+    Of a custom model that is model.safetensors alone.
+    """
+    if isinstance(model, custom_models.CustomModel):
+        if max_shard_size is not None:
+            raise ValueError("custom models are written as one file")
+        Path(path).mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", _LAYERS: json.dumps(model.layers)}
+        save_file(model.state_dict(), Path(path) / "model.safetensors", metadata=metadata)
+        return Path(path)
     kw = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(os.fspath(path), **kw)
     return Path(path)
 
 
 @_quiet
-def load_base(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a base directory with the class that its config names; dtype None keeps the stored one."""
+def load_base(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Any:
+    """Load a base directory with the class that its config names; dtype None keeps the stored one.
+
+    Without config.json it is a custom model.
+    """
+    if not (Path(path) / "config.json").exists():
+        file = Path(path) / "model.safetensors"
+        with safe_open(file, "pt") as opened:
+            layers = json.loads(opened.metadata()[_LAYERS])
+        weights = load_file(file)
+        model = custom_models.CustomModel(layers).to(dtype or next(iter(weights.values())).dtype)
+        model.load_state_dict(weights)
+        return model.eval()
     config = transformers.AutoConfig.from_pretrained(os.fspath(path))
     cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
     return cls.from_pretrained(os.fspath(path), dtype="auto" if dtype is None else dtype).eval()
@@ -319,7 +355,7 @@ def make_adapter(
     post: Callable[[PeftModel], None] | None = None,
     base_dir: str | os.PathLike[str] | None = None,
     seed: int = 7,
-    base: PreTrainedModel | None = None,
+    base: torch.nn.Module | None = None,
     adapter_name: str = "default",
     **over: Any,
 ) -> PeftModel:
@@ -333,7 +369,7 @@ def make_adapter(
     if base is not None:
         pass
     elif base_dir is not None:
-        if not (Path(base_dir) / "config.json").exists():
+        if not any(Path(base_dir).glob("*.safetensors")):
             save_base(tiny_model(kind, dtype, tie, bias, **over), base_dir)
         base = load_base(base_dir, dtype)
     else:
@@ -396,7 +432,7 @@ def _watch(model: PeftModel, seen: list[Any]) -> Iterator[None]:
 
 
 def peft_load(
-    base: str | os.PathLike[str] | PreTrainedModel,
+    base: str | os.PathLike[str] | torch.nn.Module,
     adapter_dir: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     autocast: bool = True,
@@ -446,11 +482,11 @@ class Merged(dict[str, torch.Tensor]):
     tied: bool  # do input and output embeddings still share storage in PEFT's merged model?
     config: Any
     load: LoadResult
-    model: PreTrainedModel
+    model: Any
 
 
 def peft_merge(
-    base: str | os.PathLike[str] | PreTrainedModel,
+    base: str | os.PathLike[str] | torch.nn.Module,
     adapter_dir: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     autocast: bool = True,
@@ -463,9 +499,9 @@ def peft_merge(
         merged = model.merge_and_unload(safe_merge=safe_merge)
     load.warnings.extend(_texts(caught))
     out = Merged({k: v.detach().clone() for k, v in merged.state_dict().items()})
-    out.config = merged.config
-    out.tie_word_embeddings = bool(getattr(merged.config, "tie_word_embeddings", False))
-    head = merged.get_output_embeddings()
+    out.config = getattr(merged, "config", None)
+    out.tie_word_embeddings = bool(getattr(out.config, "tie_word_embeddings", False))
+    head = merged.get_output_embeddings() if hasattr(merged, "get_output_embeddings") else None
     out.tied = head is not None and head.weight.data_ptr() == merged.get_input_embeddings().weight.data_ptr()
     out.load, out.model = load, merged
     return out
