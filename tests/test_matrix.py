@@ -213,3 +213,13 @@ def test_the_lists_name_what_is_there() -> None:
 @pytest.mark.xfail(reason="methods are still being added")
 def test_every_method_is_read() -> None:
     assert not _TYPES - METHODS.keys()
+
+
+def test_loose_still_means_close() -> None:
+    base = models.tiny("MLP").lin0.weight.detach()
+    theirs = base + 0.05 * torch.randn(base.shape, generator=torch.Generator().manual_seed(1))
+    change = theirs.double() - base.double()
+    assert _close(theirs, theirs, base)
+    assert _close((base.double() + change * (1 + CLOSE / 2)).float(), theirs, base)
+    assert not _close((base.double() + change * (1 + CLOSE * 2)).float(), theirs, base)
+    assert not _close(theirs.half(), theirs, base)
