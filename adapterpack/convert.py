@@ -77,10 +77,10 @@ def convert(
             (a cast of DoRA, `fold`, the nearest LoRA of a multiplicative method).
         base_dtype: The dtype of the base in training, where `base` does not tell.
         init: With `lora`: the adapter as it was before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
-        rank, energy: With `lora`, for what has no exact LoRA, or too large a one: the nearest of this rank, or of the
-            least rank that keeps this fraction of the squared singular values. They allow what they lose.
-        max_error: The largest relative error allowed; None: nothing beyond `equivalent`. With `lora`, where there is
-            no exact one, it gives each module the least rank that keeps within.
+        rank, energy: With `lora`: the nearest of this rank, or of the least rank that keeps this fraction of the
+            squared singular values. They allow what they lose.
+        max_error: The largest relative error allowed; None: nothing beyond `equivalent`. With `lora`, where none is
+            exact, each module gets the least rank that keeps within.
         warm_start: With `full-logits`: make up the logits that a top-k file lacks.
         dry_run: Measure only; nothing is written.
 
@@ -98,9 +98,8 @@ def convert(
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         here = sources.base(base)
-        checkpoint = stack.enter_context(
-            containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
-        )
+        opened = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
+        checkpoint = stack.enter_context(opened)
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)
             refuse_loss(measured, max_error)
