@@ -73,8 +73,7 @@ def convert(
         extra: What becomes of that which the engine has no place for: `refuse` the adapter, `split` it off into files
             of its own, `fold` it into LoRA where that is exact (with `base`).
         layout: `split` or `fused` projections: q, k, v; gate, up.
-        base: Where the base's shapes are to be had; its weights are read only where the change depends on them
-            (a cast of DoRA, `fold`, the nearest LoRA of a multiplicative method).
+        base: Where the base's shapes are to be had; weights are read only where the change depends on them.
         base_dtype: The dtype of the base in training, where `base` does not tell.
         init: With `lora`: the adapter as it was before training, for PiSSA, OLoRA, CorDA and LoRA-GA.
         rank, energy: With `lora`: the nearest of this rank, or of the least rank that keeps this fraction of the
