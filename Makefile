@@ -39,6 +39,7 @@ bench: $(STAMP)  ## side-by-side measurements; prints tables for benchmarks/RESU
 	$(BIN)/python benchmarks/vblora_topk.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/pack.py --quick
+	$(BIN)/python benchmarks/convert.py
 
 clean:
 	rm -rf $(VENV) demo-out build dist
