@@ -2,8 +2,8 @@
 
 One Llama block, seven linear layers, random adapters of every method that both convert. PEFT has the model with the
 adapter loaded already: only `save_as_lora` is timed. adapterpack starts from the files: reading, folding, measuring
-the error of every module and durable writing are timed. One process, in turns; the error of both is measured in the same
-way, in f64, against the delta weights that PEFT itself computes. Prints a Markdown table.
+the error of every module and durable writing are timed. One process, in turns; the error of both is measured alike,
+in f64, against the delta weights that PEFT itself computes. Prints a Markdown table.
 
     python benchmarks/convert.py [--runs 3] [--hidden 1024] [METHOD ...]
 """
