@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterpack.codecs import words
+from adapterpack.codecs import grid, words
 from adapterpack.errors import InvalidFile
 from adapterpack.io import zstd
 
 if TYPE_CHECKING:
     from adapterpack.tensor import Array
 
-_ORDER = ("sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits")
+_ORDER = ("sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits", "grid")
 _POSITIONS = {"gaps": (words.gaps, words.ungaps), "mask": (words.mask, words.unmask)}
 _NOISE_BITS = 7.97
 """Bytes with more entropy than this, in bits, are not worth coding."""
@@ -32,7 +32,7 @@ class Chain:
     Attributes:
         width: Bytes of a word.
         steps: Any of these, in this order: `sub` (the difference to the parent's word), `gaps` or `mask` (zero words
-            left out), `narrow` (4-byte words to 2), `rotate`, `exponents`, and `planes` or `bits` at the end.
+            left out), `narrow` (4-byte words to 2), `rotate`, `exponents`, and `planes`, `bits` or `grid` at the end.
     """
 
     width: int
@@ -44,10 +44,12 @@ class Chain:
             self.width in (1, 2, 4, 8)
             and all(a < b for a, b in zip([-1, *places], places, strict=False))
             and not {"gaps", "mask"} <= set(self.steps)
-            and not {"planes", "bits"} <= set(self.steps)
+            and sum(step in ("planes", "bits", "grid") for step in self.steps) <= 1
             and not ("narrow" in self.steps and self.width != 4)
             and not ("rotate" in self.steps and "planes" not in self.steps)
             and not ("exponents" in self.steps and (self.width == 1 or "rotate" not in self.steps))
+            and not ("grid" in self.steps and ("sub" not in self.steps or self.width not in (2, 4)))
+            and not {"grid", "narrow"} <= set(self.steps)
         )
         if not fits:
             raise InvalidFile(f"no chain of steps: {self.width} {' '.join(self.steps)!r:.150}")
@@ -75,6 +77,9 @@ class Chain:
 
     def _split(self, raw: Array, before: Array | None) -> list[Array]:
         x, segments = raw.view(words.word(self.width)), []
+        if "grid" in self.steps:
+            assert before is not None
+            return self._grid(x, before[: raw.size].view(x.dtype))
         for step in self.steps:
             if step == "sub":
                 assert before is not None
@@ -90,6 +95,14 @@ class Chain:
             elif step == "planes":
                 return [*segments, *self._planes(x)]
         return [*segments, np.ascontiguousarray(x).view(np.uint8)]
+
+    def _grid(self, x: Array, before: Array) -> list[Array]:
+        """The words themselves instead of their differences, which only say where they are not the parent's."""
+        for step in self.steps:
+            if step in _POSITIONS:
+                other = x != before
+                return [_POSITIONS[step][0](other), *grid.split(x[other], before[other])]
+        return grid.split(x, before)
 
     def _planes(self, x: Array) -> list[Array]:
         parts = words.planes(x)
@@ -114,22 +127,31 @@ class Chain:
         for step in self.steps:
             if step in _POSITIONS:
                 found = _POSITIONS[step][1](next(left), n)
-        x = self._words(left, n if found is None else found.size)
-        if found is not None:
-            if not x.all():
-                raise InvalidFile("a zero word where there should be none")
-            full = np.zeros(n, x.dtype)
-            full[found] = x
-            x = full
+        old = None
         if self.from_parent:
             assert before is not None
-            x = words.add(x, before[: n * self.width].view(x.dtype))
+            old = before[: n * self.width].view(words.word(self.width))
+        if "grid" in self.steps:
+            assert old is not None
+            x = _join_grid(list(left), old, found)
+        else:
+            x = self._words(left, n if found is None else found.size)
+            if found is not None:
+                if not x.all():
+                    raise InvalidFile("a zero word where there should be none")
+                full = np.zeros(n, x.dtype)
+                full[found] = x
+                x = full
+            if old is not None:
+                x = words.add(x, old)
         whole = np.ascontiguousarray(x).view(np.uint8)
         return np.concatenate([whole, segments[-1]]) if tail else whole
 
     def _segments(self) -> int:
         width = 2 if "narrow" in self.steps else self.width
         side = sum(step in ("gaps", "mask", "exponents", "bits") for step in self.steps)
+        if "grid" in self.steps:
+            return side + grid.SEGMENTS
         return side + (width if "planes" in self.steps else 1)
 
     def _words(self, left: Iterator[Array], count: int) -> Array:
@@ -151,6 +173,18 @@ class Chain:
                 parts = words.unrotate(parts)
             x = words.unplanes(parts, width) if "planes" in self.steps else parts[0].view(words.word(width))
         return words.widen(x) if "narrow" in self.steps else x
+
+
+def _join_grid(segments: Sequence[Array], old: Array, found: Array | None) -> Array:
+    if found is None:
+        return grid.join(segments, old)
+    before = old[found]
+    x = grid.join(segments, before)
+    if (x == before).any():
+        raise InvalidFile("a word like the parent's where there should be none")
+    full = old.copy()
+    full[found] = x
+    return full
 
 
 def noise(segment: Array) -> bool:
