@@ -233,11 +233,14 @@ def undo_grid(parts: list[bytes], parent: list[int], width: int) -> list[int]:
         words.append(word)
     must(all(next(left, None) is None for left in (exponents, whole, low, high)), "a grid with something left")
     must(len(parts[3]) % width == 0, "half a word")
-    rest = bit_words(parts[6], sum(free % 8 for _, free in lengths), 1).tolist()
-    for j in range(7):
-        for at, free in lengths:
-            if free % 8 > j:
-                words[at] |= rest.pop(0) << free // 8 * 8 + j
+    rest = parts[6]
+    for r in range(1, 8):
+        places = [(at, free - r) for at, free in lengths if free % 8 == r]
+        size = (len(places) * r + 7) // 8
+        for (at, shift), value in zip(places, bit_words(rest[:size], len(places), r).tolist(), strict=True):
+            words[at] |= value << shift
+        rest = rest[size:]
+    must(not rest, "bits between the lines that are too many")
     return words
 
 

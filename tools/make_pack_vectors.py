@@ -653,7 +653,7 @@ def grid_cases() -> dict[str, tuple[bytes, str, str, Files]]:
         "grid-next-too-many": (but(5, b"\0\0"), bits),
         "grid-bits-missing": (but(6, b""), bits),
         "grid-bits-too-many": (but(6, b"\0\0"), bits),
-        "grid-bits-unused": (but(6, b"\x80"), bits),
+        "grid-bits-unused": (but(6, b"\x80"), "beyond the last word of a grid"),
         "grid-segment-missing": (right[:-1], "other segments than"),
     }
     made = {name: (*on_grid(*segments), message) for name, (segments, message) in cases.items()}
