@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -815,3 +816,44 @@ def test_a_pack_is_a_safetensors_file(tmp_path: Path) -> None:
     pack = packed(_mixed(tmp_path), tmp_path / "a.apack")
     loaded = load(pack.read_bytes())
     assert sorted(loaded) == ["0", "1", "2", "3"]
+
+
+def test_unpack_loads_late_what_it_may_not_need() -> None:
+    """numpy while frames are decoded, the rest hardly ever: loading takes longer than unpacking."""
+    code = "import sys, adapterpack.cli.unpack_verb; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "adapterpack.hub", "adapterpack.sources", "adapterpack.base"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("begun", [0, 3 << 20, 1 << 30])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_frames_that_were_begun_before_numpy_is_there(
+    begun: int, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("adapterpack.unpack")
+    values = np.random.default_rng(4).standard_normal((1200, 1200)).astype(np.float32)
+    source = packs.adapter(tmp_path / "src", {packs.Q.format("A"): values, packs.Q.format("B"): values[::-1].copy()})
+    pack = packed(source, tmp_path / "it.apack")
+
+    def late(name: str) -> object:
+        time.sleep(0.2)
+        return import_module(name)
+
+    def never(name: str) -> object:
+        time.sleep(0.1)
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_BEGUN", begun)
+    monkeypatch.setattr(module, "import_module", late)
+    assert restored(pack, tmp_path / "out", jobs=jobs) == packs.tree(source)
+    monkeypatch.setattr(module, "import_module", never)
+    with pytest.raises(MemoryError):
+        restored(pack, tmp_path / "none", jobs=jobs)
+    assert not (tmp_path / "none").exists()
+    data = bytearray(pack.read_bytes())
+    data[3 << 20] ^= 1
+    pack.write_bytes(data)
+    monkeypatch.setattr(module, "import_module", late)
+    with pytest.raises(InvalidFile, match="is damaged between"):
+        restored(pack, tmp_path / "none", jobs=jobs)
+    assert not (tmp_path / "none").exists() and not list(tmp_path.glob(".adapterpack*"))
