@@ -5,20 +5,21 @@ from __future__ import annotations
 import heapq
 import os
 import threading
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from adapterpack import containers, sources
+from adapterpack import containers
 from adapterpack.containers import apack
 from adapterpack.containers.apack.manifest import Tensors
 from adapterpack.containers.apack.reader import Stored, StreamReader
 from adapterpack.conversion import inputs
-from adapterpack.errors import InvalidFile, UsageError
+from adapterpack.errors import ChangedWhileReading, InvalidFile, UsageError
 from adapterpack.io import atomic, cores
 from adapterpack.io.files import OpenFile, start_writeback
 from adapterpack.io.files import write as write_at
@@ -26,6 +27,13 @@ from adapterpack.tensor import Source, chunks, digest
 
 if TYPE_CHECKING:
     from adapterpack.adapter import Progress
+
+_BEGUN = 24 << 20
+"""So many bytes of frames, or a frame more a thread, are decoded by half before numpy is there."""
+
+
+_READ = 1 << 20
+"""Bytes that are hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ def unpack(
         UsageError: it is no pack.
         WriteFailed: the system refuses, or the disk is too full.
     """
-    path, target = sources.here(source), Path(destination).expanduser()
-    parent = None if parent is None else sources.here(parent)
+    path, target = _here(source), Path(destination).expanduser()
+    parent = None if parent is None else _here(parent)
     protected = inputs(path, base, parent)
     atomic.check_destination(target.absolute(), overwrite=overwrite, protected=protected)
     if not path.exists():
@@ -87,15 +95,12 @@ def unpack(
     if expect_sha256 is not None:
         _expect(path, expect_sha256)
     with ExitStack() as stack:
-        c = stack.enter_context(containers.open_checkpoint(path, parent=parent, base=sources.base(base), opaque=True))
+        c = stack.enter_context(containers.open_checkpoint(path, parent=parent, base=_base(base), opaque=True))
         assert c.pack is not None
         m = c.pack.manifest
         atomic.check_space(target.absolute().parent, c.bytes, f"what {path} holds")
-        with (
-            atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage,
-            ThreadPoolExecutor(jobs or cores.usable()) as pool,
-        ):
-            _Restoring(c.pack, stage, pool, progress).run()
+        with atomic.staged_directory(target, overwrite=overwrite, protected=protected) as stage:
+            _Restoring(c.pack, stage, jobs or cores.usable(), progress).run()
             c.still_same()
         return Unpacked(
             output=str(target),
@@ -105,6 +110,29 @@ def unpack(
             error=None if m.error is None else float(m.error),
             dropped=m.dropped,
         )
+
+
+def _here(source: str | Path) -> Path:
+    """See `sources.here`, which is loaded for what is not simply there: it takes longer than small packs do."""
+    path = Path(source).expanduser()
+    if path.exists() and not str(source).startswith("hf://"):
+        return path
+    from adapterpack import sources
+
+    return sources.here(source)
+
+
+def _base(named: str | Path | None) -> Callable[[], Path] | None:
+    """Finds the base when a pack needs it, which few do; None: none was named."""
+    if named is None:
+        return None
+
+    def find() -> Path:
+        from adapterpack import sources
+
+        return sources.base_here(named)
+
+    return find
 
 
 def _expect(path: Path, expected: str) -> None:
@@ -117,14 +145,37 @@ def _expect(path: Path, expected: str) -> None:
         )
 
 
-@dataclass(frozen=True, order=True)
-class _Item:
+class _Item(NamedTuple):
     """Where bytes of a stream belong: [start, start + nbytes) of it at `offset` of a file."""
 
     start: int
     nbytes: int
     file: int
     offset: int
+
+
+class _Frame(NamedTuple):
+    """A frame of a stream, and what in it belongs where."""
+
+    stream: StreamReader
+    number: int
+    items: list[_Item]
+
+    @property
+    def size(self) -> int:
+        start, stop = self.stream.span(self.number)
+        return stop - start
+
+
+T = TypeVar("T")
+
+
+def _next(left: deque[T]) -> T | None:
+    """Taken from the left, by one of several threads."""
+    try:
+        return left.popleft()
+    except IndexError:
+        return None
 
 
 class _Progress:
@@ -165,31 +216,45 @@ class _Progress:
 class _Restoring:
     """Frames are decoded by several threads, each part written where it belongs, each file proven as it grows."""
 
-    def __init__(self, pack: apack.Pack, stage: Path, pool: ThreadPoolExecutor, report: Progress | None) -> None:
+    def __init__(self, pack: apack.Pack, stage: Path, jobs: int, report: Progress | None) -> None:
         self.pack = pack
         self.stage = stage
-        self.pool = pool
+        self.jobs = jobs
         self.files = pack.manifest.files
         self.progress = _Progress([file.size for file in self.files], report)
         self.opened: list[int] = []
+        self._frames: deque[_Frame] = deque()
+        self._begun: deque[tuple[_Frame, list[bytes | memoryview]]] = deque()
+        self._begun_bytes = 0
+        self._loaded = threading.Event()
 
     def run(self) -> None:
         """Restore everything, durably. Raises what `unpack` raises."""
-        # A thread of its own, that mostly waits.
-        with ThreadPoolExecutor(1) as prover:
+        # The prover is a thread of its own, that mostly waits.
+        with ThreadPoolExecutor(self.jobs) as pool, ThreadPoolExecutor(1) as prover:
             try:
                 for file in self.files:
                     self.opened.append(self._create(file.path))
+                self._frames.extend(self._all_frames())
+                # Meanwhile numpy, which takes as long as all the rest of a pack of 40 MB: this thread counts as one.
+                written = [pool.submit(self._decode) for _ in range(max(self.jobs - 1, 1))]
+                import_module("adapterpack.codecs.coding")
+                self._loaded.set()
+                written += [pool.submit(self._decode) for _ in range(self.jobs - len(written))]
                 proofs = [prover.submit(self._prove, n) for n in range(len(self.files))]
-                written = [self.pool.submit(self._frame, *frame) for frame in self._frames()]
                 self._from_elsewhere()
-                for future in (*written, *proofs):
+                for future in written:
                     future.result()
+                # The disk finishes while the last bytes are hashed.
+                for n in range(len(self.files)):
+                    self._sync(n)
+                for proof in proofs:
+                    proof.result()
             except BaseException:
-                self.progress.fail()
-                self.pool.shutdown(cancel_futures=True)
+                self._give_up()
                 raise
             finally:
+                pool.shutdown()
                 prover.shutdown()
                 for fd in self.opened:
                     os.close(fd)
@@ -213,8 +278,8 @@ class _Restoring:
                 yield n, offset, tensor.source
                 offset += tensor.nbytes
 
-    def _frames(self) -> list[tuple[StreamReader, int, list[_Item]]]:
-        """(stream, number, items in it) of every frame, in the order in which files need them."""
+    def _all_frames(self) -> list[_Frame]:
+        """In the order in which files need them."""
         items: dict[int, list[_Item]] = defaultdict(list)
         for n, offset, source in self._parts():
             if isinstance(source, Stored) and source.nbytes:
@@ -228,13 +293,44 @@ class _Restoring:
                 inside = [i for i in own if i.start < last and i.start + i.nbytes > first]
                 if inside:
                     needed = min((i.file, i.offset + max(first - i.start, 0)) for i in inside)
-                    found.append((needed, (reader, number, inside)))
+                    found.append((needed, _Frame(reader, number, inside)))
         found.sort(key=lambda frame: frame[0])
         return [frame for _, frame in found]
 
-    def _frame(self, reader: StreamReader, number: int, items: list[_Item]) -> None:
-        data, (first, last) = reader.decode(number).data, reader.span(number)
-        for item in items:
+    def _give_up(self) -> None:
+        self._frames.clear()
+        self._begun.clear()
+        self._loaded.set()
+        self.progress.fail()
+
+    def _decode(self) -> None:
+        """Decode frames until there are no more. While numpy is not there yet, a few of them by half."""
+        try:
+            self._decode_all()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _decode_all(self) -> None:
+        while (frame := _next(self._frames)) is not None:
+            segments = frame.stream.segments(frame.number)
+            if not self._loaded.is_set() and self._begun_bytes < _BEGUN:
+                self._begun_bytes += frame.size
+                self._begun.append((frame, segments))
+                continue
+            self._loaded.wait()
+            self._decode_begun()
+            self._restore(frame, segments)
+        self._loaded.wait()
+        self._decode_begun()
+
+    def _decode_begun(self) -> None:
+        while (begun := _next(self._begun)) is not None:
+            self._restore(*begun)
+
+    def _restore(self, frame: _Frame, segments: list[bytes | memoryview]) -> None:
+        data, (first, last) = frame.stream.join(frame.number, segments).data, frame.stream.span(frame.number)
+        for item in frame.items:
             low, high = max(item.start, first), min(item.start + item.nbytes, last)
             self._write(item.file, data[low - first : high - first], item.offset + low - item.start)
 
@@ -252,20 +348,27 @@ class _Restoring:
         self.progress.wrote(file, at, at + len(data))
 
     def _prove(self, n: int) -> None:
-        """Hash a file as it becomes whole, as it lies there, and make it durable."""
-        place = self.stage / self.files[n].path
-        with OpenFile(place) as restored:
-            self.pack.check_file(self.files[n].path, self._grown(n, restored))
-        with atomic.explained(place):
+        """Hash a file as it becomes whole, as it lies there."""
+        self.pack.check_file(self.files[n].path, self._grown(n))
+
+    def _sync(self, n: int) -> None:
+        with atomic.explained(self.stage / self.files[n].path):
             os.fsync(self.opened[n])
 
-    def _grown(self, n: int, restored: OpenFile) -> Iterator[bytes]:
+    def _grown(self, n: int) -> Iterator[memoryview]:
         done, size = 0, self.files[n].size
+        # One buffer that stays in the cache.
+        buffer = memoryview(bytearray(min(size, _READ)))
         while done < size:
             whole = self.progress.whole(n, done)
             if whole == done:
                 return
             # The disk may begin: less is left for the end.
             start_writeback(self.opened[n])
-            yield from chunks(restored.whole(whole), done, whole)
-            done = whole
+            while done < whole:
+                with atomic.explained(self.stage / self.files[n].path):
+                    got = os.preadv(self.opened[n], [buffer[: whole - done]], done)
+                if not got:
+                    raise ChangedWhileReading(f"{self.stage / self.files[n].path} became shorter than it was written")
+                yield buffer[:got]
+                done += got

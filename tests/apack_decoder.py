@@ -30,7 +30,7 @@ KEYS = (
     *("apack", "base", "classes", "dropped", "encoding", "error", "files", "grade", "max_error", "method", "parent"),
     *("producer", "recipes", "source_bytes", "streams", "tensors"),
 )
-STEPS = ["sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits"]
+STEPS = ["sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits", "grid"]
 RESERVED = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)}
 DICTIONARY = (Path(__file__).parent.parent / "formats" / "apack" / "dictionary").read_bytes()
 
@@ -188,6 +188,62 @@ def undo_sub(words: np.ndarray, parent: np.ndarray, b: int) -> np.ndarray:
     return np.where(o >= t, o - t, o ^ all_ones)
 
 
+def grid_line(word: int, step: int, m: int) -> int | None:
+    """The line of the grid at or before a word, m bits of which are the mantissa; None where there is none."""
+    above = (word >> m & 255) - step
+    if above > m:
+        return None
+    line = 0 if above < 0 else (2**m + word % 2**m) >> m - above
+    return line if word < 2 ** (m + 8) else -1 - line
+
+
+def undo_grid(parts: list[bytes], parent: list[int], width: int) -> list[int]:
+    """The words of a frame one by one, from its seven segments and the parent's words."""
+    m = 8 * width - 9
+    must(len(parts[0]) == 1 and len(parts[1]) == len(parent), "a grid of another length")
+    step = parts[0][0]
+    exponents, low, high = iter(parts[2]), iter(parts[4]), iter(parts[5])
+    whole = iter(to_words(parts[3][: len(parts[3]) // width * width], width).tolist())
+    words: list[int] = []
+    lengths: list[tuple[int, int]] = []
+    for code, old in zip(parts[1], parent, strict=True):
+        if code == 255:
+            words.append(next(whole, -1))
+            must(words[-1] >= 0, "a word that is stored whole is missing")
+            continue
+        line = grid_line(old, step, m)
+        must(line is not None, "a move from where there is no line")
+        line += -(code + 1) // 2 if code % 2 else code // 2  # type: ignore[operator]
+        size = line if line >= 0 else -1 - line  # type: ignore[operator]
+        must(size < 2 ** (m + 1), "a move to where there is no line")
+        above = size.bit_length() - 1
+        if size:
+            exponent, free = step + above, m - above
+            must(exponent < 256, "a move beyond the greatest exponent")
+        else:
+            exponent, free = next(exponents, 256), m
+            must(exponent < step, "an exponent that is missing or not below the grid's")
+        word = (size << free) % 2**m | exponent << m | (line < 0) << m + 8
+        for place, bytes_left in enumerate((low, high)):
+            if free >= 8 * place + 8:
+                byte = next(bytes_left, -1)
+                must(byte >= 0, "a byte between the lines is missing")
+                word |= byte << 8 * place
+        lengths.append((len(words), free))
+        words.append(word)
+    must(all(next(left, None) is None for left in (exponents, whole, low, high)), "a grid with something left")
+    must(len(parts[3]) % width == 0, "half a word")
+    rest = parts[6]
+    for r in range(1, 8):
+        places = [(at, free - r) for at, free in lengths if free % 8 == r]
+        size = (len(places) * r + 7) // 8
+        for (at, shift), value in zip(places, bit_words(rest[:size], len(places), r).tolist(), strict=True):
+            words[at] |= value << shift
+        rest = rest[size:]
+    must(not rest, "bits between the lines that are too many")
+    return words
+
+
 def to_words(data: bytes, width: int) -> np.ndarray:
     return np.frombuffer(data, f"<u{width}").astype(np.uint64)
 
@@ -209,6 +265,15 @@ def frame_bytes(parts: list[bytes], size: int, width: int, steps: list[str], par
         kept = np.flatnonzero(bit_words(take((n + 7) // 8), n, 1))
     if kept is not None:
         count = len(kept)
+    if "grid" in steps:
+        old = to_words(parent[: n * full], full)
+        at = np.arange(n) if kept is None else kept
+        words = np.array(undo_grid([take() for _ in range(7)], old[at].tolist(), width), np.uint64)
+        must(kept is None or (words != old[at]).all(), "a kept word is the parent's")
+        old[at] = words
+        tail = take(rest) if rest else b""
+        must(next(segments, None) is None, "a segment too many")
+        return old.astype(f"<u{full}").tobytes() + tail
     if "narrow" in steps:
         width = 2
     if "exponents" in steps:
@@ -250,7 +315,10 @@ def check_steps(steps: list[Any], width: int) -> None:
     must(all(type(step) is str and step in STEPS for step in steps), "an unknown step")
     order = [STEPS.index(step) for step in steps]
     must(order == sorted(set(order)), "steps twice or in another order")
-    must(not {"gaps", "mask"} <= set(steps) and not {"planes", "bits"} <= set(steps), "steps that exclude each other")
+    must(not {"gaps", "mask"} <= set(steps), "gaps and a mask")
+    must(len({"planes", "bits", "grid"} & set(steps)) <= 1, "two steps that end the chain")
+    must("grid" not in steps or ("sub" in steps and width in (2, 4)), "grid without sub or of another width")
+    must(not {"grid", "narrow"} <= set(steps), "a grid of narrow words")
     must("narrow" not in steps or width == 4, "narrow of another width")
     must("rotate" not in steps or "planes" in steps, "rotate without planes")
     must("exponents" not in steps or ("rotate" in steps and width >= 2), "exponents without rotate or of bytes")

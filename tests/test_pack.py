@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from safetensors.torch import load
 import adapterpack
 from adapterpack import containers
 from adapterpack.adapter import Progress
-from adapterpack.codecs.chain import Chain
+from adapterpack.codecs import grid
+from adapterpack.codecs.chain import Chain, store
 from adapterpack.codecs.lines import Quantised
 from adapterpack.containers import apack
 from adapterpack.containers.apack import choosing
@@ -41,6 +43,7 @@ from adapterpack.errors import (
     UsageError,
     WriteFailed,
 )
+from adapterpack.io import zstd
 from adapterpack.tensor import F32, Tensor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -89,7 +92,7 @@ def manifest(pack: Path) -> dict[str, Any]:
 
 def _chains() -> list[Chain]:
     """Every chain that there is."""
-    ends = ((), ("bits",), ("planes",), ("rotate", "planes"), ("rotate", "exponents", "planes"))
+    ends = ((), ("bits",), ("planes",), ("rotate", "planes"), ("rotate", "exponents", "planes"), ("grid",))
     parts = itertools.product((1, 2, 4, 8), ((), ("sub",)), ((), ("gaps",), ("mask",)), ((), ("narrow",)), ends)
     found = []
     for width, *steps in parts:
@@ -127,12 +130,17 @@ def frames(draw: st.DrawFn) -> tuple[Chain, bytes, bytes]:
 
     raw = words()
     before = raw if "narrow" in chain.steps else words()[: len(raw)].ljust(len(raw), b"\x3c")
+    if "grid" in chain.steps and draw(st.booleans()):
+        moves = draw(st.lists(st.integers(-(1 << size - 9), 1 << size - 9), max_size=40))
+        old = np.frombuffer(raw, f"<u{chain.width}").copy()
+        old[: len(moves)] += np.array(moves[: old.size], np.int64).astype(old.dtype)
+        before = old.tobytes()
     tail = draw(st.binary(max_size=chain.width - 1))
     return chain, raw + tail, before + bytes(len(tail))
 
 
 def test_there_are_as_many_chains_as_the_specification_allows() -> None:
-    assert len(CHAINS) == 4 * 6 * 5 - 6 + 6 * 5
+    assert len(CHAINS) == 4 * 6 * 5 - 6 + 6 * 5 + 2 * 3
 
 
 @settings(max_examples=600)
@@ -171,6 +179,43 @@ def test_damaged_segments_give_an_error_or_the_right_number_of_bytes(
     assert len(found) == len(raw)
     parts = [s.tobytes() for s in segments]
     assert apack_decoder.frame_bytes(parts, len(raw), chain.width, list(chain.steps), before) == found
+
+
+@settings(max_examples=300)
+@given(st.sampled_from((2, 4)), st.integers(0, 255), st.integers(-3, 30), st.integers(0, 2**32 - 1))
+def test_any_grid_gives_every_word_back(width: int, step: int, finer: int, seed: int) -> None:
+    """Also one that nobody would choose: words beyond its last line and below its first one, moves near 127."""
+    rng = np.random.default_rng(seed)
+    moved = 2.0 ** (min(step + finer, 250) - 127)
+    floats = rng.standard_normal(60) * 2.0 ** rng.integers(-4, 12, 60) * moved
+    with np.errstate(over="ignore"):
+        old = floats.astype(np.float32)
+        new = (floats + rng.standard_normal(60) * 2.0 ** rng.integers(-4, 4, 60) * moved).astype(np.float32)
+    x, before = ((v.view(np.uint32) >> np.uint32(32 - 8 * width)).astype(f"<u{width}") for v in (new, old))
+    x[:10] = (rng.integers(0, 2, 10) << 8 * width - 1) + rng.choice(np.array(SPECIAL[width]) >> 1, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "_step", lambda *_: step)
+        segments = grid.split(x, before)
+    assert segments[0].tolist() == [step]
+    assert np.array_equal(grid.join(segments, before), x)
+    assert apack_decoder.undo_grid([s.tobytes() for s in segments], before.tolist(), width) == x.tolist()
+
+
+def test_a_grid_serves_values_of_all_sizes_that_move_alike() -> None:
+    """With the float counts of `sub` small values seem to move far; with lines all moves are of one kind."""
+    rng = np.random.default_rng(3)
+    old = (rng.standard_normal(40_000) * 0.02).astype(np.float32)
+    new = (old + rng.standard_normal(40_000) * 0.005).astype(np.float32)
+
+    def size(*steps: str) -> int:
+        segments = Chain(4, steps).split(new.view(np.uint8), old.view(np.uint8))
+        return sum(len(store(s, (zstd.HUFFMAN,))) for s in segments)
+
+    # What is known of a value before: its change has a variance, and its float a place behind the binary point.
+    spacing = np.log2(np.spacing(np.abs(new)).astype(np.float64))
+    entropy = (np.log2(0.005) + 0.5 * np.log2(2 * np.pi * np.e) - spacing).sum() / 8
+    assert size("sub", "grid") < 1.01 * entropy
+    assert size("sub", "planes") > 1.03 * entropy
 
 
 # ---------------------------------------------------------------- directories
@@ -635,7 +680,7 @@ def test_a_directory_as_parent(tmp_path: Path) -> None:
     assert manifest(pack)["parent"]["name"] == "step-0"
     places = {t[0]: t[3] for t in manifest(pack)["tensors"]}
     assert places[packs.Q.format("B")] == ["parent"]
-    assert ["sub"] in [stream["steps"][:1] for stream in manifest(pack)["streams"]]
+    assert ["sub", "grid"] in [stream["steps"] for stream in manifest(pack)["streams"]]
     assert restored(pack, tmp_path / "out") == packs.tree(second)
     assert apack_decoder.decode(pack.read_bytes(), packs.tree(first)) == packs.tree(second)
     # Its tensors alone count: another card does no harm.
@@ -771,3 +816,44 @@ def test_a_pack_is_a_safetensors_file(tmp_path: Path) -> None:
     pack = packed(_mixed(tmp_path), tmp_path / "a.apack")
     loaded = load(pack.read_bytes())
     assert sorted(loaded) == ["0", "1", "2", "3"]
+
+
+def test_unpack_loads_late_what_it_may_not_need() -> None:
+    """numpy while frames are decoded, the rest hardly ever: loading takes longer than unpacking."""
+    code = "import sys, adapterpack.cli.unpack_verb; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "adapterpack.hub", "adapterpack.sources", "adapterpack.base"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("begun", [0, 3 << 20, 1 << 30])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_frames_that_were_begun_before_numpy_is_there(
+    begun: int, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("adapterpack.unpack")
+    values = np.random.default_rng(4).standard_normal((1200, 1200)).astype(np.float32)
+    source = packs.adapter(tmp_path / "src", {packs.Q.format("A"): values, packs.Q.format("B"): values[::-1].copy()})
+    pack = packed(source, tmp_path / "it.apack")
+
+    def late(name: str) -> object:
+        time.sleep(0.2)
+        return import_module(name)
+
+    def never(name: str) -> object:
+        time.sleep(0.1)
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_BEGUN", begun)
+    monkeypatch.setattr(module, "import_module", late)
+    assert restored(pack, tmp_path / "out", jobs=jobs) == packs.tree(source)
+    monkeypatch.setattr(module, "import_module", never)
+    with pytest.raises(MemoryError):
+        restored(pack, tmp_path / "none", jobs=jobs)
+    assert not (tmp_path / "none").exists()
+    data = bytearray(pack.read_bytes())
+    data[3 << 20] ^= 1
+    pack.write_bytes(data)
+    monkeypatch.setattr(module, "import_module", late)
+    with pytest.raises(InvalidFile, match="is damaged between"):
+        restored(pack, tmp_path / "none", jobs=jobs)
+    assert not (tmp_path / "none").exists() and not list(tmp_path.glob(".adapterpack*"))

@@ -336,6 +336,10 @@ def stream_cases() -> dict[str, tuple[Callable[[Manifest], object], str]]:
         "step-rotate-alone": (steps("rotate"), chain),
         "step-exponents-of-1": (steps("rotate", "exponents", "planes", width=1), chain),
         "step-exponents-alone": (steps("exponents", "planes"), chain),
+        "step-grid-alone": (steps("grid"), chain),
+        "step-grid-of-8": (steps("sub", "grid", width=8), chain),
+        "step-grid-and-planes": (steps("sub", "planes", "grid"), chain),
+        "step-grid-of-narrow": (steps("sub", "narrow", "grid"), chain),
         "step-sub-without-parent": (steps("sub", "planes"), "to a parent that it lacks"),
         "stream-field-missing": (drop("streams", 0, "width"), "are wanted"),
         "stream-not-used": (put("streams", 3, {"frames": [[1, 1, 1]], "steps": [], "width": 1}), "fills stream 3"),
@@ -598,9 +602,67 @@ def reference_cases() -> dict[str, tuple[bytes, str, str, Files]]:
         "parent-other-shape-sub": (with_parent(sums[id(flat)], sub=True), "invalid", shape, flat),
         "parent-itself": (with_parent(itself, name="pack.apack"), "invalid", "more than 64 packs", {}),
         "sub-of-a-file": (_sub_of_a_file(), "invalid", "something that is no tensor", own),
+        **grid_cases(),
         "base-not-named": (packs.changed(base, put("base", None)), "invalid", "cannot place the tensor", {}),
         "base-absent": (base.pack(), "missing-reference", "from its base model, which is not here", {}),
     }
+
+
+def on_grid(*segments: bytes, steps: tuple[str, ...] = ("sub", "grid")) -> tuple[bytes, Files]:
+    """A pack of one tensor of six words on a grid, and its parent."""
+    # Two that are on any grid of small steps, one on no line of it, one on the last line, the largest one, and zero.
+    old = np.array([1, -1, 2.0**100, 2 - 2.0**-23, np.finfo(np.float32).max, 0], np.float32)
+    model = packs.safetensors({"w": old}, {"format": "pt"})
+    maker = Maker(parent={"depth": 1, "name": "before", "sha256": sha(model)})
+    stream = maker.stream(4, list(steps), [(24, list(segments))])
+    maker.config()
+    maker.tensor("w", "F32", (6,), old.tobytes(), stream)
+    maker.model({"format": "pt"})
+    files = {"before/adapter_config.json": packs.CONFIG, "before/adapter_model.safetensors": model}
+    return maker.pack(), files
+
+
+def grid_cases() -> dict[str, tuple[bytes, str, str, Files]]:
+    """Each with one fault; `right` is the tensor as the parent has it, on a grid of 2^-23."""
+    whole = np.array([2.0**100, np.finfo(np.float32).max], "<f4").tobytes()
+    right = [bytes([104]), b"\0\0\xff\0\xff\0", b"\0", whole, b"\0", b"\0", b"\0"]
+
+    def but(at: int, segment: bytes, *more: tuple[int, bytes]) -> list[bytes]:
+        changed = dict([(at, segment), *more])
+        return [changed.get(n, part) for n, part in enumerate(right)]
+
+    length, lines = "a grid of another length", "to or from beyond the grid"
+    exponents, beside, bits = "below its first line", "words beside the grid", "between the lines"
+    coarse = [bytes([250]), b"\0\0\0\0\x42\0", b"\x7f\x7f\xe3\x7f\0", b"", bytes(6), bytes(6), bytes(5)]
+    cases = {
+        "grid-without-step": (but(0, b""), length),
+        "grid-two-steps": (but(0, b"hh"), length),
+        "grid-moves-short": (but(1, b"\0\0\xff\0\xff"), length),
+        "grid-from-no-line": (but(1, b"\0\0\0\0\xff\0", (3, whole[4:])), lines),
+        "grid-to-no-line": (but(1, b"\0\0\xff\2\xff\0"), lines),
+        "grid-beyond-the-exponents": (coarse, lines),
+        "grid-exponent-missing": (but(2, b""), exponents),
+        "grid-exponent-too-many": (but(2, b"\0\0"), exponents),
+        "grid-exponent-on-a-line": (but(2, b"\x68"), exponents),
+        "grid-whole-missing": (but(3, whole[4:]), beside),
+        "grid-whole-too-many": (but(3, whole + whole), beside),
+        "grid-whole-half": (but(3, whole[:-1]), beside),
+        "grid-low-missing": (but(4, b""), bits),
+        "grid-low-too-many": (but(4, b"\0\0"), bits),
+        "grid-next-missing": (but(5, b""), bits),
+        "grid-next-too-many": (but(5, b"\0\0"), bits),
+        "grid-bits-missing": (but(6, b""), bits),
+        "grid-bits-too-many": (but(6, b"\0\0"), bits),
+        "grid-bits-unused": (but(6, b"\x80"), "beyond the last word of a grid"),
+        "grid-segment-missing": (right[:-1], "other segments than"),
+    }
+    made = {name: (*on_grid(*segments), message) for name, (segments, message) in cases.items()}
+    like = on_grid(b"\5", bytes([104]), b"\0", b"\0", b"", b"\0", b"\0", b"\0", steps=("sub", "gaps", "grid"))
+    made["grid-kept-word-equal"] = (*like, "a word like the parent's")
+    good, files = on_grid(*right)
+    # All of them differ from one that is right.
+    assert apack_decoder.decode(good, files) and all(data != good for data, _, _ in made.values())
+    return {name: (data, "invalid", message, files) for name, (data, files, message) in made.items()}
 
 
 def _sub_of_a_file() -> bytes:
@@ -658,7 +720,7 @@ CHAINS = [
     for narrow in ([], ["narrow"])
     for end in ([], ["bits"], ["planes"], ["rotate", "planes"], ["rotate", "exponents", "planes"])
     if (not narrow or width == 4) and ("exponents" not in end or width > 1)
-]
+] + [(width, ["sub", *places, "grid"]) for width in (2, 4) for places in ([], ["gaps"], ["mask"])]
 
 
 def words(width: int, steps: list[str], count: int, seed: int) -> tuple[bytes, bytes]:
@@ -680,6 +742,14 @@ def words(width: int, steps: list[str], count: int, seed: int) -> tuple[bytes, b
     if {"gaps", "mask"} & set(steps):
         x[rng.random(count) < 0.7] = 0
     before = x.copy() if "narrow" in steps else x + rng.integers(-3, 4, count).astype(x.dtype)
+    if "grid" in steps:
+        # Moves of all sizes, so that some words are below the first line and some beyond the last one.
+        half = np.dtype(f"<u{width}")
+        floats = rng.standard_normal((2, count)) * 2.0 ** rng.integers(-12, 3, (2, count))
+        old, new = floats[0], floats[0] + floats[1] / 16
+        x, before = ((v.astype("<f4").view("<u4") >> (32 - 8 * width)).astype(half) for v in (new, old))
+        x[:5] = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0xFFFFFFFF, 1]).astype("<u4") >> (32 - 8 * width)
+        before[3:7] = x[3:7]
     if {"gaps", "mask"} & set(steps):
         before = np.where(rng.random(count) < 0.7, x, before).astype(x.dtype)
     return x.tobytes(), before.tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -59,6 +60,8 @@ def run(cli: click.Group) -> NoReturn:
         _debug()
         message = f"unexpected {type(e).__name__}: {e}".splitlines()[0]
         code = _fail(as_json, "bug", message, "please report this; ADAPTERPACK_DEBUG=1 shows where", 1)
+    # Whatever is left goes with the process: to look for garbage in it would take longer than many a verb does.
+    gc.freeze()
     sys.exit(code)
 
 

@@ -48,9 +48,11 @@ def token_option(f: F) -> F:
 
     @functools.wraps(f)
     def call(*args: Any, token: str | None, **kwargs: Any) -> Any:
+        watched = sys.stderr.isatty() and not (kwargs.get("quiet") or kwargs.get("as_json"))
+        if token is None and not watched:
+            return f(*args, **kwargs)
         from adapterpack.hub import client
 
-        watched = sys.stderr.isatty() and not (kwargs.get("quiet") or kwargs.get("as_json"))
         with client.credentials(token), client.bars(watched):
             return f(*args, **kwargs)
 

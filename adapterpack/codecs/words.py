@@ -15,7 +15,7 @@ from adapterpack.errors import InvalidFile
 if TYPE_CHECKING:
     from adapterpack.tensor import Array
 
-_ONE, _SEVEN = np.uint8(1), np.uint8(7)
+_EIGHT = np.uint16(8)
 _CLOSE = 32
 _FAR = 255
 """In gaps: 255 more zero words, and the gap goes on."""
@@ -26,21 +26,23 @@ def word(width: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(f"<u{width}")
 
 
-def rotate(parts: list[Array]) -> list[Array]:
-    """Words as planes: the top bit goes to the low end of the top two bytes; of a float the sign.
+def rotate(upper: Array) -> Array:
+    """The top bit of each goes to the low end; of the upper 16 bits of a float the sign.
 
     So the exponent begins a byte, and the bytes of the mantissa below stay as they are.
     """
-    top, below, *rest = (*parts, parts[0])[: max(len(parts), 2)]
-    new = [(top << _ONE) | (below >> _SEVEN), (below << _ONE) | (top >> _SEVEN), *rest]
-    return new[: len(parts)]
+    turned: Array = upper << upper.dtype.type(1)
+    turned |= upper >> upper.dtype.type(upper.dtype.itemsize * 8 - 1)
+    return turned
 
 
-def unrotate(parts: list[Array]) -> list[Array]:
-    """The inverse of `rotate`."""
-    top, below, *rest = (*parts, parts[0])[: max(len(parts), 2)]
-    new = [(top >> _ONE) | (below << _SEVEN), (below >> _ONE) | (top << _SEVEN), *rest]
-    return new[: len(parts)]
+def unrotate(upper: Array) -> Array:
+    """The inverse of `rotate`, in place."""
+    last = upper.dtype.type(upper.dtype.itemsize * 8 - 1)
+    low = upper << last
+    upper >>= upper.dtype.type(1)
+    upper |= low
+    return upper
 
 
 def narrow(x: Array) -> Array:
@@ -119,52 +121,60 @@ def unmask(coded: Array, n: int) -> Array:
     return np.flatnonzero(bits[:n])
 
 
-def exponents(top: Array, below: Array) -> tuple[Array, Array, Array]:
-    """Rotated floats with their exponents numbered: the first two planes change.
+def exponents(upper: Array) -> tuple[Array, Array]:
+    """Rotated floats with their exponents numbered.
 
     Numbers take fewer bits than exponents; the mantissa's next bits move up beside them into the top byte, so that
     they are coded jointly, and zeros follow below.
 
     Args:
-        top: The exponents, uint8.
-        below: The next byte of each word.
+        upper: The upper 16 bits of each word, uint16: the exponent, and 8 bits below it.
 
     Returns:
-        The exponents, ascending, and the two planes.
+        The exponents, ascending, uint8, and what takes the place of `upper`.
     """
-    used = _used(top)
+    used = _used(upper)
+    spare = np.uint16(_spare(len(used)))
+    if used[-1] - used[0] == len(used) - 1:
+        numbered = upper - np.uint16(used[0] << 8)
+        numbered <<= spare
+        return np.frombuffer(used, np.uint8), numbered
     numbers = bytearray(256)
     for n, exponent in enumerate(used):
         numbers[exponent] = n
-    number = np.frombuffer(top.tobytes().translate(bytes(numbers)), np.uint8)
-    spare = _spare(len(used))
-    if not spare:
-        return np.frombuffer(used, np.uint8), number, below
-    up, down = np.uint8(spare), np.uint8(8 - spare)
-    return np.frombuffer(used, np.uint8), (number << up) | (below >> down), below << up
+    return np.frombuffer(used, np.uint8), _renamed(upper, bytes(numbers)) << spare
 
 
-def unexponents(table: Array, top: Array, below: Array) -> tuple[Array, Array]:
-    """The inverse of `exponents`. Raises InvalidFile for a number beyond the table."""
+def unexponents(table: Array, upper: Array) -> Array:
+    """The inverse of `exponents`, in place. Raises InvalidFile for a number beyond the table."""
     if not table.size or np.any(table[1:] <= table[:-1]):
         raise InvalidFile("a table of exponents that is not in order")
     spare = _spare(table.size)
-    number = top >> np.uint8(spare)
-    if top.size and (int(number.max()) >= table.size or int(np.bitwise_or.reduce(below)) & ((1 << spare) - 1)):
+    low = np.uint16((1 << spare) - 1)
+    if upper.size and (int(upper.max()) >> spare + 8 >= table.size or int(np.bitwise_or.reduce(upper)) & int(low)):
         raise InvalidFile("an exponent beyond its table")
-    exponent = np.frombuffer(number.tobytes().translate(table.tobytes().ljust(256, b"\0")), np.uint8)
-    return exponent, (top << np.uint8(8 - spare)) | (below >> np.uint8(spare)) if spare else below
+    upper >>= np.uint16(spare)
+    if int(table[-1]) - int(table[0]) == table.size - 1:
+        upper += np.uint16(int(table[0]) << 8)
+        return upper
+    return _renamed(upper, table.tobytes().ljust(256, b"\0"))
 
 
-def _used(top: Array) -> bytes:
-    """The byte values that occur, ascending; where they lie close together all between the least and the greatest."""
-    if not top.size:
+def _renamed(upper: Array, names: bytes) -> Array:
+    """The top bytes as a table has them."""
+    top = np.frombuffer((upper >> _EIGHT).astype(np.uint8).tobytes().translate(names), np.uint8)
+    return joined(top, upper.astype(np.uint8))
+
+
+def _used(upper: Array) -> bytes:
+    """The top bytes that occur, ascending; where they lie close together all between the least and the greatest."""
+    if not upper.size:
         return bytes(1)
-    least, greatest = int(top.min()), int(top.max())
+    least, greatest = int(upper.min()) >> 8, int(upper.max()) >> 8
     if greatest - least < _CLOSE:
         return bytes(range(least, greatest + 1))
     # Faster than counting them: few are missing from a sample.
-    data = top.tobytes()
+    data = (upper >> _EIGHT).astype(np.uint8).tobytes()
     known = bytes(set(data[:4096]))
     return bytes(sorted({*known, *data.translate(None, known)}))
 
@@ -174,19 +184,38 @@ def _spare(used: int) -> int:
     return max(0, 7 - (used - 1).bit_length())
 
 
-def planes(x: Array) -> list[Array]:
-    """The bytes of all words, most significant ones first, one uint8 array for each place."""
+def joined(top: Array, below: Array) -> Array:
+    """Two bytes as a word, uint16."""
+    upper = top.astype("<u2")
+    upper <<= _EIGHT
+    upper |= below
+    return upper
+
+
+def halves(upper: Array) -> list[Array]:
+    """The inverse of `joined`; of single bytes these alone."""
+    return [(upper >> _EIGHT).astype(np.uint8), upper.astype(np.uint8)] if upper.dtype.itemsize == 2 else [upper]
+
+
+def planes(x: Array) -> tuple[Array, list[Array]]:
+    """The upper 16 bits of all words (of single bytes 8), and the bytes below, most significant ones first."""
     width = x.dtype.itemsize
-    pairs = x.view(np.uint8).reshape(-1, width)
-    return [np.ascontiguousarray(pairs[:, place]) for place in reversed(range(width))]
+    if width <= 2:
+        return x, []
+    upper = np.ascontiguousarray(x.view("<u2")[width // 2 - 1 :: width // 2])
+    single = x.view(np.uint8).reshape(-1, width)
+    return upper, [np.ascontiguousarray(single[:, place]) for place in reversed(range(width - 2))]
 
 
-def unplanes(parts: list[Array], width: int) -> Array:
+def unplanes(upper: Array, lower: list[Array], width: int) -> Array:
     """The inverse of `planes`."""
-    joined = np.empty((parts[0].size, width), np.uint8)
-    for place, part in zip(reversed(range(width)), parts, strict=True):
-        joined[:, place] = part
-    return joined.reshape(-1).view(word(width))
+    if width <= 2:
+        return upper
+    whole = np.empty((upper.size, width), np.uint8)
+    whole.view("<u2")[:, -1] = upper
+    for place, part in zip(reversed(range(width - 2)), lower, strict=True):
+        whole[:, place] = part
+    return whole.reshape(-1).view(word(width))
 
 
 def bits(x: Array) -> tuple[int, Array]:

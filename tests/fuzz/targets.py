@@ -472,7 +472,7 @@ def run_chain(data: bytes) -> None:
     """Width, steps and size, then segments, each with its length before it; the parent's bytes are fixed."""
     if len(data) < 5:
         return
-    width, steps, nbytes = 1 << data[0] % 4, data[1], int.from_bytes(data[2:4], "little") % 2048
+    width, steps, nbytes = 1 << data[0] % 4, data[1] | data[0] >> 2 << 8, int.from_bytes(data[2:4], "little") % 2048
     chain = Chain(width, tuple(step for n, step in enumerate(STEPS) if steps >> n & 1))
     left, segments = data[4:], []
     while len(left) >= 2 and len(segments) < 20:
@@ -503,7 +503,7 @@ def seeds_of_chains() -> Iterator[bytes]:
             except InvalidFile:
                 continue
             parts = b"".join(s.size.to_bytes(2, "little") + s.tobytes() for s in segments)
-            yield bytes([power, steps]) + nbytes.to_bytes(2, "little") + parts
+            yield bytes([power | steps >> 8 << 2, steps & 255]) + nbytes.to_bytes(2, "little") + parts
 
 
 def run_lines(data: bytes) -> None:

@@ -135,6 +135,8 @@ def _candidates(stream: StreamPlan, sample: list[tuple[Array, Array | None]]) ->
     if stream.before is not None:
         for places in ((), ("gaps",), ("mask",)):
             yield Chain(width, ("sub", *places, "planes"))
+            if stream.kind == "float" and width in (2, 4):
+                yield Chain(width, ("sub", *places, "grid"))
 
 
 def _zeros(width: int, sample: list[tuple[Array, Array | None]]) -> float:

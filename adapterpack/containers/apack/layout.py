@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from adapterpack import limits
-from adapterpack.codecs.lines import line_shape
 from adapterpack.containers.apack.manifest import (
     Drawn,
     Entry,
@@ -99,6 +98,9 @@ def _place(layout: Layout, m: Manifest, index: int, entry: Entry) -> None:
         case InStream(stream):
             layout.tensors[index] = layout.take(stream, entry.nbytes)
         case Lines(axis, _, classes):
+            # Late, here and below: few packs have lines, and these bring numpy along.
+            from adapterpack.codecs.lines import line_shape
+
             _, length = line_shape(entry.shape, axis)
             layout.lines[index] = [
                 LinePieces(
@@ -197,6 +199,8 @@ def _place_fits(m: Manifest, n: int, entry: Entry) -> bool:
                 d.name == name and d.shape == entry.shape and m.recipes[recipe].stored == entry.dtype for d in draws
             )
         case Lines(axis, steps, classes):
+            from adapterpack.codecs.lines import line_shape
+
             lines, _ = line_shape(entry.shape, axis)
             good = entry.dtype == F32 and len(steps) == len(classes) == lines
             return good and all(c < len(m.classes) for c in classes)

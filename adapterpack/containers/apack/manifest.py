@@ -9,11 +9,13 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapterpack import recipes
 from adapterpack.codecs.chain import Chain
 from adapterpack.tensor import DType, Shape
+
+if TYPE_CHECKING:
+    from adapterpack import recipes
 
 VERSION = 1
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapterpack import limits, recipes
+from adapterpack import limits
 from adapterpack.codecs.chain import Chain
-from adapterpack.codecs.lines import MOST_LOW_BITS, STEPS
 from adapterpack.containers.apack.manifest import (
     VERSION,
     Class,
@@ -35,6 +34,9 @@ from adapterpack.io import json as strict_json
 from adapterpack.io import safetensors
 from adapterpack.io.paths import plain_name
 from adapterpack.tensor import DTYPES
+
+if TYPE_CHECKING:
+    from adapterpack import recipes
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DECIMAL = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?(e[+-][0-9]{1,3})?")
@@ -171,6 +173,9 @@ class _Reader:
             case ["parent"]:
                 return FromParent()
             case ["lines", int(axis), steps, classes] if type(axis) is int and axis in (0, 1):
+                # Late, here and below: few packs have lines, and these bring numpy along.
+                from adapterpack.codecs.lines import STEPS
+
                 if any(type(j) is not int or j not in STEPS for j in self.items(steps, limits.DIMENSION)):
                     raise self.bad("has a step code that is none")
                 numbers = tuple(self.number(c) for c in self.items(classes, limits.DIMENSION))
@@ -197,6 +202,8 @@ class _Reader:
         return Frame(size, segments)
 
     def recipe(self, value: Any) -> recipes.Recipe:
+        from adapterpack import recipes
+
         text = json.dumps(value, separators=(",", ":"), sort_keys=True)
         try:
             recipe = recipes.from_metadata({recipes.METADATA_KEY: text})
@@ -207,6 +214,8 @@ class _Reader:
         return recipe
 
     def klass(self, value: Any) -> Class:
+        from adapterpack.codecs.lines import MOST_LOW_BITS
+
         low, high_stream, low_stream = self.row(value, 3)
         return Class(self.number(low, MOST_LOW_BITS), self.number(high_stream), self.number(low_stream))
 

@@ -10,14 +10,12 @@ import bisect
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adapterpack import limits
 from adapterpack.codecs import chain as chains
-from adapterpack.codecs.lines import Quantised, join, line_shape
 from adapterpack.containers.apack import file as outer
 from adapterpack.containers.apack import layout
 from adapterpack.containers.apack.layout import Layout, Piece
@@ -172,6 +170,8 @@ class Pack:
     def _lines(self, n: int, entry: Entry, place: Lines) -> Source:
         import numpy as np
 
+        from adapterpack.codecs.lines import Quantised, join, line_shape
+
         _, length = line_shape(entry.shape, place.axis)
         codes = np.empty((len(place.classes), length), np.int32)
         for row, line in enumerate(self.layout.lines[n]):
@@ -218,7 +218,7 @@ class Pack:
         for stream in self._streams:
             stream.prove()
 
-    def check_file(self, path: str, parts: Iterator[bytes]) -> None:
+    def check_file(self, path: str, parts: Iterator[bytes | memoryview]) -> None:
         """Hash a restored file and compare. Raises InvalidFile."""
         h = hashlib.sha256()
         for part in parts:
@@ -270,24 +270,35 @@ class StreamReader:
         Raises:
             InvalidFile: damaged.
         """
-        frame = self.stream.frames[n]
-        where = f"{self._pack.name}: frame {n} of stream {self._number}"
+        return self.join(n, self.segments(n))
+
+    def segments(self, n: int) -> list[bytes | memoryview]:
+        """The first half of `decode`, which needs no numpy: the segments of frame `n`, its digest compared."""
+        frame, where = self.stream.frames[n], self._where(n)
         data = self._pack.stored(self._offsets[n], self._offsets[n + 1], self._digest + n)
         dictionary = outer.dictionary_of(self.stream.chain)
         # Without copies of what is stored as it is.
-        view, segments, at = memoryview(data), [], 0
+        view, at = memoryview(data), 0
+        segments: list[bytes | memoryview] = []
         for decoded, stored in frame.segments:
             segments.append(chains.restore(view[at : at + stored], decoded, where, dictionary))
             at += stored
+        return segments
+
+    def _where(self, n: int) -> str:
+        return f"{self._pack.name}: frame {n} of stream {self._number}"
+
+    def join(self, n: int, segments: Sequence[bytes | memoryview]) -> Array:
+        """The second half of `decode`."""
         before = None
         if self._before is not None:
             import numpy as np
 
             before = np.frombuffer(self._before.read(*self.span(n)), np.uint8)
         try:
-            found = self.stream.chain.join(segments, frame.size, before)
+            found = self.stream.chain.join(segments, self.stream.frames[n].size, before)
         except InvalidFile as e:
-            raise InvalidFile(f"{where}: {e.message}") from e
+            raise InvalidFile(f"{self._where(n)}: {e.message}") from e
         self._proven.add(n)
         return found
 
@@ -318,12 +329,12 @@ class StreamReader:
             return self._kept[n]
 
 
-@dataclass(frozen=True)
 class Stored:
     """A part of a stream, as a source."""
 
-    streams: list[StreamReader]
-    piece: Piece
+    def __init__(self, streams: list[StreamReader], piece: Piece) -> None:
+        self.streams = streams
+        self.piece = piece
 
     @property
     def nbytes(self) -> int:
