@@ -233,14 +233,14 @@ def _child(code: str, *arguments: object) -> str:
 
 _OPEN = """
 for path in sys.argv[1:]:
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with containers.open_checkpoint(path, opaque=True) as c:
             c.prove()
         print(path, "accepted")
     except AdapterpackError as e:
         assert path in e.message, e.message
-        print(round(time.monotonic() - start, 3), e.code, e.message)
+        print(round(time.process_time() - start, 3), e.code, e.message)
 """
 
 
@@ -313,8 +313,8 @@ def test_bombs_cost_neither_memory_nor_time(tmp_path: Path) -> None:
     for path, line in zip(paths, lines, strict=True):
         seconds, code, message = line.split(" ", 2)
         assert code in ("invalid", "unsupported"), line
-        # Parsing tens of megabytes of JSON is the most that anything takes.
-        assert float(seconds) < (10 if "million" in path.name else 1), (path.name, seconds)
+        # Of the processor's time. Parsing tens of megabytes of JSON is the most that anything takes.
+        assert float(seconds) < (20 if "million" in path.name else 4), (path.name, seconds)
         assert len(message) < 1000
 
 
