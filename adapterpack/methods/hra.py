@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterpack import limits
 from adapterpack.adapter import Adapter, Change, Edge, Finding, Param, Request, Shapes
@@ -37,11 +37,15 @@ def parse(c: Checkpoint) -> Adapter:
     return keys.parse(c, "hra", "hra")
 
 
-def _vectors(module: str, params: Mapping[str, Param]) -> Shape:
+def _vectors(module: str, params: Mapping[str, Param], config: Mapping[str, Any]) -> Shape:
     """(in, r)."""
     (u,) = require(module, params, ("u",))
     if len(u.shape) != 2 or not min(u.shape) or u.shape[1] > limits.LORA_RANK:
         raise InvalidFile(f"hra_u of {module} has shape {u.shape}; (in, r) is wanted")
+    if u.shape[1] > u.shape[0] and flag(config, "apply_GS"):
+        raise InvalidFile(
+            f"hra_u of {module}: {u.shape[1]} vectors of length {u.shape[0]} cannot be made orthonormal"
+        )
     return u.shape
 
 
@@ -49,7 +53,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
     yield from replacements(a)
     reflect = _orthogonal.reflect_span if flag(a.config, "apply_GS") else _orthogonal.reflect
     for module, params in a.modules.items():
-        into, _ = _vectors(module, params)
+        into, _ = _vectors(module, params, a.config)
         shape = weight_shape(a, module, request.shapes, into=into, conv1d=False)
         if len(shape) not in (2, 4):
             raise WrongBase(
@@ -63,7 +67,7 @@ def _reflected(reflect: Callable[[Maths, Array, Array], Array], m: Maths, w: Arr
 
 
 def ranks(a: Adapter) -> Mapping[str, int]:
-    return {module: _vectors(module, params)[1] for module, params in a.modules.items()}
+    return {module: _vectors(module, params, a.config)[1] for module, params in a.modules.items()}
 
 
 def recipes(a: Adapter) -> Iterator[Recipe]:
@@ -74,7 +78,7 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     found: dict[str, int] = {}
     for module, params in a.modules.items():
         try:
-            found[module] = _vectors(module, params)[1]
+            found[module] = _vectors(module, params, a.config)[1]
         except InvalidFile as e:
             yield Finding("other-shape", module, e.message, "train or save the adapter again")
     yield from rank_findings(a.config, found, 8, pattern=False)

@@ -195,10 +195,11 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
             yield Finding("other-shape", module, e.message, e.hint)
             continue
         wanted = a.config.get("oft_block_size")
-        if wanted and wanted != r.side and (shared or r.blocks * r.side % wanted == 0):
+        fits = type(wanted) is int and wanted > 0 and (shared or r.blocks * r.side % wanted == 0)
+        if fits and wanted != r.side:
             yield Finding(
                 "block-size",
                 module,
-                f"the config says blocks of {wanted!r:.20}, the tensors have {r.side}: PEFT refuses to load it",
+                f"the config says blocks of {wanted}, the tensors have {r.side}: PEFT refuses to load it",
                 f"set oft_block_size to {r.side}",
             )
