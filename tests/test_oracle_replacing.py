@@ -128,3 +128,11 @@ def test_what_does_not_fit_is_refused(workshop, files, tmp_path: Path) -> None:
         with pytest.raises(error):
             adapterpack.merge(broken, base, tmp_path / f"merged{n}")
         assert not adapterpack.check(broken, base=base).healthy
+
+
+def test_new_values_without_any_element_are_compared(workshop, files, tmp_path: Path) -> None:
+    adapter, base = workshop.adapter(BY_NAME["ln-gpt2"]), workshop.base_of(BY_NAME["ln-gpt2"])
+    empty = files.edited(adapter, tmp_path / "empty", {min(files.tensors(adapter)): torch.zeros(3, 0)})
+    assert adapterpack.verify(empty, empty).equal
+    with pytest.raises(WrongBase):
+        adapterpack.merge(empty, base, tmp_path / "merged")

@@ -337,7 +337,8 @@ class ReplaceChange:
 
     def load(self, xp: Backend) -> Loaded:
         values = xp.native(self.replaced.param.tensor)
-        flat = values.reshape(-1, values.shape[-1]) if len(values.shape) > 1 else values.reshape(-1)
+        # max: a width of 0 leaves the number of rows open.
+        flat = values.reshape(-1, max(1, values.shape[-1])) if len(values.shape) > 1 else values.reshape(-1)
         return LoadedReplacement(xp, flat, self.replaced.rows)
 
 

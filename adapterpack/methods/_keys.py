@@ -241,3 +241,16 @@ def require(module: str, params: Mapping[str, Param], names: tuple[str, ...]) ->
     if missing:
         raise InvalidFile(f"{module} lacks {', '.join(missing)}", hint="the adapter was saved incompletely")
     return tuple(params[n].tensor for n in names)
+
+
+def floats(module: str, params: Mapping[str, Param], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The same of parameters that are no indices or signs.
+
+    Raises:
+        InvalidFile: one is missing, or holds whole numbers.
+    """
+    found = require(module, params, names)
+    for name, tensor in zip(names, found, strict=True):
+        if tensor.dtype.kind != "float":
+            raise InvalidFile(f"{params[name].key} is {tensor.dtype}: a parameter that is trained is a float")
+    return found

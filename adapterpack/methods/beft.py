@@ -15,7 +15,7 @@ from adapterpack.adapter import Adapter, Change, Edge, Finding, Param, Request, 
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods._changes import VectorChange, replacements
-from adapterpack.methods._keys import KeyTable, require
+from adapterpack.methods._keys import KeyTable, floats
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Tensor
 
@@ -33,7 +33,7 @@ def parse(c: Checkpoint) -> Adapter:
 
 
 def _vector(module: str, params: Mapping[str, Param]) -> Param:
-    (tensor,) = require(module, params, ("bias",))
+    (tensor,) = floats(module, params, ("bias",))
     if len(tensor.shape) != 2 or tensor.shape[0] != 1 or not tensor.shape[1]:
         raise InvalidFile(f"beft_bias of {module} has shape {tensor.shape}; (1, out) is wanted")
     return params["bias"]

@@ -18,7 +18,7 @@ from adapterpack.errors import InvalidFile
 from adapterpack.methods import _orthogonal
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, require
+from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def parse(c: Checkpoint) -> Adapter:
 
 def _sizes(module: str, params: Mapping[str, Param]) -> tuple[int, int]:
     """Outputs and inputs that the parameters of a module are for; of a convolution the inputs with their kernel."""
-    r, s = (t.shape for t in require(module, params, ("R", "s")))
+    r, s = (t.shape for t in floats(module, params, ("R", "s")))
     square = len(r) == 4 and r[2] == r[3] and min(r)
     # (out, 1); of a convolution (1, out).
     if not square or len(s) != 2 or 1 not in s or not min(s):

@@ -18,7 +18,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, require
+from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.methods._lora_modules import rank_findings
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
@@ -52,7 +52,7 @@ def _factors(module: str, params: Mapping[str, Param]) -> _Factors:
     if embedding and any(name in params for name in _PAIR):
         raise InvalidFile(f"{module} is adapted as an embedding and as another layer")
     names = _EMBEDDING if embedding else _PAIR
-    a, b = (t.shape for t in require(module, params, names))
+    a, b = (t.shape for t in floats(module, params, names))
     fits = len(a) == len(b) == 2 or (2 < len(a) < 6 and len(a) == len(b) and not embedding)
     if not fits or not min(a) or not min(b) or a[0] != b[1] or any(k != 1 for k in b[2:]) or a[0] > limits.LORA_RANK:
         raise InvalidFile(f"{module}: A {a} and B {b} are not (r, in) and (out, r)")

@@ -19,7 +19,7 @@ from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods import _orthogonal
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, require
+from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.methods._lora_modules import rank_findings
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
@@ -39,7 +39,7 @@ def parse(c: Checkpoint) -> Adapter:
 
 def _vectors(module: str, params: Mapping[str, Param], config: Mapping[str, Any]) -> Shape:
     """(in, r)."""
-    (u,) = require(module, params, ("u",))
+    (u,) = floats(module, params, ("u",))
     if len(u.shape) != 2 or not min(u.shape) or u.shape[1] > limits.LORA_RANK:
         raise InvalidFile(f"hra_u of {module} has shape {u.shape}; (in, r) is wanted")
     if u.shape[1] > u.shape[0] and flag(config, "apply_GS"):

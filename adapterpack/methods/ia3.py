@@ -20,7 +20,7 @@ from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.io.patterns import Pattern
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, require
+from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
 
@@ -75,7 +75,7 @@ class _Vector:
 
 
 def _vector(module: str, params: Mapping[str, Param], feedforward: _Feedforward) -> _Vector:
-    (tensor,) = require(module, params, ("l",))
+    (tensor,) = floats(module, params, ("l",))
     shape, said = tensor.shape, feedforward(module)
     if len(shape) == 2 and 1 in shape and min(shape):
         told = None if shape == (1, 1) else shape[0] == 1

@@ -22,7 +22,7 @@ from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.methods import _orthogonal
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, positive
+from adapterpack.methods._keys import KeyTable, flag, floats, positive
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
 
@@ -105,6 +105,7 @@ def _rotation(module: str, params: Mapping[str, Param], shared: bool) -> _Rotati
     if len(params) != 1:
         raise InvalidFile(f"{module} is adapted as an embedding and as another layer")
     ((name, param),) = params.items()
+    floats(module, params, (name,))
     shape = param.tensor.shape
     side = _orthogonal.triangle_side(shape[1]) if len(shape) == 2 and shape[0] else None
     if side is None:

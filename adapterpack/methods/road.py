@@ -20,7 +20,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, positive, require
+from adapterpack.methods._keys import KeyTable, floats, positive
 from adapterpack.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def parse(c: Checkpoint) -> Adapter:
 
 def _layout(config: Mapping[str, Any]) -> _Layout:
     variant = config.get("variant", "road_1")
-    if variant not in _HALVES:
+    if not isinstance(variant, str) or variant not in _HALVES:
         raise Unsupported(f"variant in adapter_config.json is {variant!r:.60}; known are {', '.join(_HALVES)}")
     group = positive(config, "group_size", 64, _MOST_GROUP)
     if group % 2:
@@ -56,7 +56,7 @@ def _layout(config: Mapping[str, Any]) -> _Layout:
 
 
 def _outputs(module: str, params: Mapping[str, Param], layout: _Layout) -> int:
-    theta, alpha = (t.shape for t in require(module, params, ("theta", "alpha")))
+    theta, alpha = (t.shape for t in floats(module, params, ("theta", "alpha")))
     if len(theta) != 1 or theta != alpha or not theta[0]:
         raise InvalidFile(f"{module}: road_theta {theta} and road_alpha {alpha} are not vectors of one length")
     out, rest = divmod(2 * theta[0], _HALVES[layout.variant])

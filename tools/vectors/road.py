@@ -75,6 +75,8 @@ def invalid(cases: Cases) -> None:
     cases.both("no-groups", with_angles((5,), (5,)), "half-pair", "do not make groups of 4", dtype="bf16")
     third = with_angles((4,), (4,), variant="road_3")
     cases.add("other-variant", third, "convert", error="unsupported", message="'road_3'", dtype="bf16")
+    several = with_angles((4,), (4,), variant=["road_1"])
+    cases.add("variant-list", several, "check", finding="unknown-variant")
     odd = with_angles((4,), (4,), group_size=3)
     cases.add("odd-group", odd, "convert", error="invalid", message="even number", dtype="bf16")
     alone = directory(config, {f"{PFX}{Q}.road_theta": ramp(4)})
