@@ -10,7 +10,7 @@ from bitexact import assert_merges_like_peft
 from peft import IA3Config
 
 import adapterpack
-from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.errors import InvalidFile, LossRefused, Unsupported
 
 
 def _ia3(target, feedforward=(), **fields):
@@ -97,6 +97,10 @@ def test_a_pattern_that_never_ends_is_refused(workshop, files, tmp_path: Path) -
         adapterpack.merge(slow, base, tmp_path / "merged")
 
 
-def test_it_has_no_lora(workshop, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="cannot become"):
-        adapterpack.convert(workshop.adapter(CASES[0]), tmp_path / "lora", to="lora")
+def test_its_lora_is_the_nearest_one(workshop, tmp_path: Path) -> None:
+    adapter, base = workshop.adapter(CASES[0]), workshop.base_of(CASES[0])
+    with pytest.raises(LossRefused, match="no exact low-rank form"):
+        adapterpack.convert(adapter, tmp_path / "lora", to="lora")
+    made = adapterpack.convert(adapter, tmp_path / "lora", to="lora", base=base, rank=24, max_error=0.9)
+    assert str(made.grade) == "approximate"
+    assert 0 < made.max_rel_error < 0.9

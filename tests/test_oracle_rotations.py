@@ -179,3 +179,11 @@ def test_half_a_pair_is_a_finding(workshop, files, tmp_path: Path) -> None:
         assert "half-pair" in {f.code for f in adapterpack.check(half).findings}
         with pytest.raises(InvalidFile, match="lacks"):
             adapterpack.merge(half, workshop.base_of(BY_NAME[name]), tmp_path / "merged")
+
+
+def test_reflections_are_low_rank_once_the_base_is_known(workshop, tmp_path: Path) -> None:
+    case = BY_NAME["hra-llama"]
+    made = adapterpack.convert(
+        workshop.adapter(case), tmp_path / "lora", to="lora", base=workshop.base_of(case), rank=4
+    )
+    assert made.max_rel_error < 1e-6

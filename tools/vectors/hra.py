@@ -63,7 +63,7 @@ def invalid(cases: Cases) -> None:
         "more-than-dimensions", with_vectors((2, 3), apply_GS=True, r=3), "other-shape", "orthonormal", dtype="bf16"
     )
     whole = directory(config, {f"{PFX}{Q}.hra_u": np.ones((8, 2), dtype=np.int64)})
-    cases.both("whole-numbers", whole, "other-shape", "is a float", dtype="bf16")
+    cases.add("whole-numbers", whole, "check", finding="other-shape")
     cases.add("rank-not-as-config", with_vectors((8, 3)), "check", finding="rank-mismatch")
     word = with_vectors((8, 2), apply_GS="yes")
     cases.add("flag-word", word, "convert", error="invalid", message="apply_GS", dtype="bf16")
