@@ -261,8 +261,8 @@ def compare(
     notes = []
     if by_parameter:
         notes.append(
-            f"{len(by_parameter)} modules depend on the base weights (DoRA): without --base they were compared"
-            " parameter by parameter"
+            f"{len(by_parameter)} modules depend on the base weights (DoRA, OFT and their like): without --base they"
+            " were compared parameter by parameter"
         )
     return errors, findings, notes
 

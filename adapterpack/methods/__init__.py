@@ -6,15 +6,33 @@ from adapterpack.adapter import Adapter, Method
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import Unsupported
 from adapterpack.methods import (
+    beft,
+    boft,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
     loha,
     lora,
+    oft,
+    road,
+    trainable_tokens,
     vblora,
     vera,
 )
 
 _TABLE: tuple[Method, ...] = (
+    beft,
+    boft,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
     loha,
     lora,
+    oft,
+    road,
+    trainable_tokens,
     vblora,
     vera,
 )

@@ -134,6 +134,36 @@ def logical_shape(
     return shape if kind is Kind.LINEAR else shape[::-1]
 
 
+def weight_shape(
+    a: Adapter,
+    module: str,
+    shapes: Shapes | None,
+    *,
+    out: int | None = None,
+    into: int | None = None,
+    conv1d: bool = True,
+) -> Shape:
+    """The logical shape of a weight of which the adapter knows one side.
+
+    Args:
+        conv1d: Has the method a form for GPT-2's Conv1D?
+        shapes: Of the base. None: what the adapter does not know is 0, which `_formula` takes for any size.
+        out: Output features (channels).
+        into: Input features; of a convolution those of one output with the kernel, `prod(shape[1:])`.
+
+    Raises:
+        WrongBase: the base has no such weight, or it does not fit.
+    """
+    if shapes is None:
+        return (out or 0, into or 0)
+    shape = logical_shape(a, module, shapes, out=out, into=into) if conv1d else shapes.shape(f"{module}.weight")
+    fits = len(shape) > 1 and out in (None, shape[0]) and into in (None, math.prod(shape[1:]))
+    if not fits:
+        wanted = f"({out or 'any'}, {into or 'any'})"
+        raise WrongBase(f"{module}.weight has shape {shape}, the adapter's change (out, in) = {wanted}")
+    return shape
+
+
 @dataclass(frozen=True)
 class LoadedLowRank:
     """Its factors at hand; see `adapter.Loaded`."""
@@ -307,7 +337,8 @@ class ReplaceChange:
 
     def load(self, xp: Backend) -> Loaded:
         values = xp.native(self.replaced.param.tensor)
-        flat = values.reshape(-1, values.shape[-1]) if len(values.shape) > 1 else values.reshape(-1)
+        # max: a width of 0 leaves the number of rows open.
+        flat = values.reshape(-1, max(1, values.shape[-1])) if len(values.shape) > 1 else values.reshape(-1)
         return LoadedReplacement(xp, flat, self.replaced.rows)
 
 

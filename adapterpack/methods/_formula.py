@@ -76,18 +76,28 @@ def _maths(xp: Backend, params: Mapping[str, Param], given: Mapping[str, Tensor]
 
 
 def _place(target: str, own: Shape, shape: Shape, layer: Kind, conv1d: bool | None, fan_in_fan_out: bool) -> Kind:
-    """How a stored tensor of this shape lies; the change's own shape may have a convolution's inputs flattened."""
+    """How a stored tensor of this shape lies; the change's own shape may have a convolution's inputs flattened.
+
+    A 0 in the change's shape stands for any size: of what only the base knows.
+    """
     if layer is Kind.EMBEDDING:
-        if shape == own[::-1]:
+        if len(shape) == 2 and _fits(shape[::-1], own):
             return Kind.EMBEDDING
     elif len(own) == 2 and len(shape) == 2:
-        return linear_kind(target, shape, own[0], own[1], conv1d, fan_in_fan_out)
+        if own[0]:
+            return linear_kind(target, shape, own[0], own[1] or None, conv1d, fan_in_fan_out)
+        # Seen from the other side, where inputs are outputs.
+        return linear_kind(target, shape[::-1], own[1], None, conv1d, fan_in_fan_out)
     elif len(own) < 2 or len(shape) < 3:
         if shape == own:
             return Kind.OTHER
-    elif shape[0] == own[0] and math.prod(shape) == math.prod(own):
+    elif _fits(shape, own) or (shape[0] == own[0] and math.prod(shape) == math.prod(own)):
         return Kind.CONVOLUTION
     raise WrongBase(f"{target} has shape {shape}, the adapter's change {own}")
+
+
+def _fits(shape: Shape, own: Shape) -> bool:
+    return len(shape) == len(own) and all(o in (0, s) for s, o in zip(shape, own, strict=True))
 
 
 def _strayed(ours: Array, exact: Array) -> Array:
@@ -111,7 +121,8 @@ class _FormulaChange:
         module: Path of the module.
         part: Which of its tensors: `weight` or `bias`.
         params: Name to parameter; all count as used.
-        shape: Logical (out, in); (out, in, k...) of a convolution, flattened at will; (out,) of a bias.
+        shape: Logical (out, in); (out, in, k...) of a convolution, flattened at will; (out,) of a bias. 0 stands
+            for a size that only the base knows, where no base was asked; see `_changes.weight_shape`.
         layer: LINEAR (or Conv1D, or a convolution: the base decides) or EMBEDDING.
         fan_in_fan_out: The config's word on how the weight lies, for square weights.
         given: More tensors for the formula, of the base or drawn from a seed.

@@ -169,12 +169,21 @@ def _token_rows(key: str, tensor: Tensor, config: Mapping[str, Any]) -> tuple[in
         module = key.removeprefix(PREFIX).partition(".token_adapter.")[0]
         found = [rows for name, rows in indices.items() if module == name or module.endswith(f".{name}")]
         indices = found[0] if len(found) == 1 else None
+    return token_rows(key, tensor, indices, "trainable_token_indices")
+
+
+def token_rows(key: str, tensor: Tensor, indices: Any, field: str) -> tuple[int, ...]:
+    """The rows of an embedding that a tensor (n, dim) has new values for, from a config field.
+
+    Raises:
+        InvalidFile: it is no list of n different whole numbers.
+    """
     if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        raise InvalidFile(f"trainable_token_indices does not say which rows {key} replaces")
+        raise InvalidFile(f"{field} does not say which rows {key} replaces")
     if len(tensor.shape) != 2 or len(indices) != tensor.shape[0]:
         raise InvalidFile(f"{key} has shape {tensor.shape} for {len(indices)} token indices")
     if len(set(indices)) != len(indices):
-        raise InvalidFile("trainable_token_indices names a row twice")
+        raise InvalidFile(f"{field} names a row twice")
     return tuple(indices)
 
 
@@ -232,3 +241,16 @@ def require(module: str, params: Mapping[str, Param], names: tuple[str, ...]) ->
     if missing:
         raise InvalidFile(f"{module} lacks {', '.join(missing)}", hint="the adapter was saved incompletely")
     return tuple(params[n].tensor for n in names)
+
+
+def floats(module: str, params: Mapping[str, Param], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The same of parameters that are no indices or signs.
+
+    Raises:
+        InvalidFile: one is missing, or holds whole numbers.
+    """
+    found = require(module, params, names)
+    for name, tensor in zip(names, found, strict=True):
+        if tensor.dtype.kind != "float":
+            raise InvalidFile(f"{params[name].key} is {tensor.dtype}: a parameter that is trained is a float")
+    return found

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from adapterpack.adapter import Adapter, Param
+from adapterpack.adapter import Adapter, Finding, Param
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.io.patterns import Pattern, peft_patterns
-from adapterpack.methods._keys import flag, require
+from adapterpack.methods._keys import flag, positive, require
 from adapterpack.tensor import Shape, Tensor
 
 
@@ -86,6 +86,30 @@ def pattern_field(config: Mapping[str, Any], field: str) -> tuple[list[Pattern],
     if not isinstance(values, dict):
         raise InvalidFile(f"{field} in adapter_config.json is not an object")
     return list(peft_patterns(values, field)), values
+
+
+def rank_findings(
+    config: Mapping[str, Any], ranks: Mapping[str, int], default: int, *, pattern: bool = True
+) -> Iterator[Finding]:
+    """Modules whose tensors have another rank than `r` and `rank_pattern` say: PEFT refuses to load those.
+
+    Args:
+        ranks: Module to the rank of its tensors.
+        default: Of PEFT, where the config has no `r`.
+        pattern: Does the method follow `rank_pattern`?
+    """
+    patterns, values = pattern_field(config if pattern else {}, "rank_pattern")
+    r = positive(config, "r", default)
+    for module, rank in ranks.items():
+        said = first_match(patterns, values, module)
+        said = r if said is None else said
+        if said != rank:
+            yield Finding(
+                "rank-mismatch",
+                module,
+                f"the config says rank {said!r:.20}, the tensors have {rank}: PEFT refuses to load it",
+                f'put "{module}": {rank} first in rank_pattern' if pattern else f"set r to {rank}",
+            )
 
 
 def exactly(module: str) -> str:

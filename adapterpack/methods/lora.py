@@ -30,8 +30,8 @@ from adapterpack.methods import _joined, _parameters
 from adapterpack.methods._changes import LowRankChange, VectorChange, replacements
 from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._dora import DoraChange
-from adapterpack.methods._keys import KeyTable, flag, positive
-from adapterpack.methods._lora_modules import Module, Scaling, first_match, modules, pattern_field
+from adapterpack.methods._keys import KeyTable, flag
+from adapterpack.methods._lora_modules import Module, Scaling, modules, pattern_field, rank_findings
 from adapterpack.methods._lora_variants import moved_base, refused_variant
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Tensor
@@ -141,27 +141,15 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    config = a.config
-    patterns, values = pattern_field(config, "rank_pattern")
-    r = positive(config, "r", 8)
+    found: dict[str, int] = {}
     for m in modules(a):
         try:
-            rank = m.rank
+            found[m.name] = m.rank
         except InvalidFile as e:
             yield Finding("half-pair", m.name, e.message, "train or save the adapter again")
-            continue
-        said = first_match(patterns, values, m.name)
-        said = r if said is None else said
-        if said != rank:
-            yield Finding(
-                "rank-mismatch",
-                m.name,
-                f"the config says rank {said!r:.20}, the tensors have {rank}: PEFT refuses to load it",
-                f'put "{m.name}": {rank} first in rank_pattern',
-            )
+    yield from rank_findings(a.config, found, 8)
     yield from _parameters.findings(a, shapes)
-    if values and len(patterns) > 1:
-        yield from _overlaps(a, "rank_pattern")
+    yield from _overlaps(a, "rank_pattern")
     yield from _overlaps(a, "alpha_pattern")
 
 
