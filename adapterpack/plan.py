@@ -14,6 +14,7 @@ from adapterpack.base import Base
 from adapterpack.errors import LossRefused, Unsupported
 from adapterpack.methods._changes import LoadedLowRank, LowRankChange, ReplaceChange, VectorChange
 from adapterpack.methods._convolution import ConvolutionChange
+from adapterpack.methods._formula import DenseChange
 from adapterpack.methods._parameters import ParameterChange
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
@@ -178,7 +179,7 @@ def _refuse_unused(adapter: Adapter, used: set[str]) -> None:
 
 
 def _scaled(change: Change, weight: float) -> Change:
-    if isinstance(change, LowRankChange | VectorChange | ParameterChange) or (
+    if isinstance(change, LowRankChange | VectorChange | ParameterChange | DenseChange) or (
         isinstance(change, ConvolutionChange) and change.effect is Effect.ADD
     ):
         return replace(change, scale=change.scale * weight)

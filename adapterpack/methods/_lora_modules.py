@@ -135,7 +135,8 @@ class Scaling:
     def __init__(self, config: Mapping[str, Any], field: str = "lora_alpha", default: float = 8) -> None:
         self._field = field
         self._alpha = config.get(field, default)
-        self._rslora = flag(config, "use_rslora")
+        # A switch of LoRA's: PEFT ignores it in the config of another method.
+        self._rslora = field == "lora_alpha" and flag(config, "use_rslora")
         self._patterns, self._values = pattern_field(config, "alpha_pattern")
 
     def __call__(self, module: str, rank: int) -> float:

@@ -4,7 +4,8 @@
     with `use_effective_conv2d`: each product is a Tucker form of t (r, r, k...), w_a (r, out), w_b (r, in)
 
 It has exact LoRA factors of rank r^2: row by row the Kronecker products of w1_a and w2_a, column by column those of
-w1_b and w2_b. Reference: peft/tuners/loha/layer.py (`get_delta_weight`, `HadaWeight`, `HadaWeightCP`).
+w1_b and w2_b; of a Tucker form the core goes with w_b.
+Reference: peft/tuners/loha/layer.py (`get_delta_weight`, `HadaWeight`, `HadaWeightCP`).
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from adapterpack.adapter import Adapter, Change, Edge, Finding, Grade, Outcome, Param, Request, Shapes
+from adapterpack.adapter import Adapter, Change, Edge, Finding, Grade, Need, Outcome, Param, Request, Shapes
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile
-from adapterpack.methods import _to_lora
+from adapterpack.methods import _findings, _to_lora
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, require
 from adapterpack.methods._lora_modules import Scaling
+from adapterpack.methods._products import hadamard_pair, tucker, tucker_pair, unflattened
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
+    from adapterpack.methods._products import Pair
 
 peft_type = "LOHA"
 keep_dtype: frozenset[str] = frozenset()
@@ -44,13 +47,12 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
     for module, params in a.modules.items():
         shape, rank = _shape(module, params)
         scale = scaling(module, rank)
-        tucker = _CORES[0] in params
         yield DenseChange(
             module=module,
             params=params,
-            shape=shape,
+            shape=unflattened(shape, f"{module}.weight", request.shapes),
             delta=partial(_delta, scale),
-            factors=None if tucker else partial(_factors, scale),
+            factors=partial(_factors, scale),
         )
 
 
@@ -60,12 +62,12 @@ def _shape(module: str, params: Mapping[str, Param]) -> tuple[Shape, int]:
     names = _FACTORS + (_CORES if tucker else ())
     w1_a, w1_b, w2_a, w2_b, *cores = (t.shape for t in require(module, params, names))
     shapes = ", ".join(f"{n} {params[n].tensor.shape}" for n in names)
-    if len(w1_a) != 2 or len(w1_b) != 2 or w1_a != w2_a or w1_b != w2_b:
+    if len(w1_a) != 2 or len(w1_b) != 2 or w1_a != w2_a or w1_b != w2_b or not w1_b[0]:
         raise InvalidFile(f"{module}: these shapes do not fit together: {shapes}")
     rank = w1_b[0]
     if tucker:
         # Here the factors lie the other way: w_a is (r, out).
-        if cores[0] != cores[1] or len(cores[0]) < 3 or cores[0][:2] != (rank, rank) or w1_a[0] != rank:
+        if cores[0] != cores[1] or len(cores[0]) != 4 or cores[0][:2] != (rank, rank) or w1_a[0] != rank:
             raise InvalidFile(f"{module}: these shapes do not fit together: {shapes}")
         return (w1_a[1], w1_b[1], *cores[0][2:]), rank
     if w1_a[1] != rank:
@@ -76,21 +78,20 @@ def _shape(module: str, params: Mapping[str, Param]) -> tuple[Shape, int]:
 def _delta(scale: float, m: Maths) -> Array:
     factor = m.lift(m.torch.tensor(scale, dtype=m.torch.float32, device=m.xp.device))
     if "t1" in m:
-        one, two = (_tucker(m, m[f"t{n}"], m[f"w{n}_a"], m[f"w{n}_b"]) for n in (1, 2))
+        one, two = (tucker(m.torch, m[f"t{n}"], m[f"w{n}_a"], m[f"w{n}_b"], right_first=True) for n in (1, 2))
     else:
         one, two = (m[f"w{n}_a"] @ m[f"w{n}_b"] for n in (1, 2))
     return one * two * factor
 
 
-def _tucker(m: Maths, core: Array, left: Array, right: Array) -> Array:
-    """(out, in, k...) from a core (r, r, k...) and two factors (r, out) and (r, in)."""
-    return m.torch.einsum("i j ..., j r, i p -> p r ...", core, right, left)
+def _pair(m: Maths, n: int) -> Pair:
+    if f"t{n}" in m:
+        return tucker_pair(m.torch, m[f"t{n}"], m[f"w{n}_a"], m[f"w{n}_b"])
+    return m[f"w{n}_a"], m[f"w{n}_b"]
 
 
 def _factors(scale: float, m: Maths) -> tuple[Array, Array, float]:
-    b = (m["w1_a"][:, :, None] * m["w2_a"][:, None, :]).flatten(1)
-    a = (m["w1_b"][:, None, :] * m["w2_b"][None, :, :]).flatten(0, 1)
-    return b, a, scale
+    return *hadamard_pair(_pair(m, 1), _pair(m, 2)), scale
 
 
 def ranks(a: Adapter) -> Mapping[str, int]:
@@ -102,11 +103,8 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    for module, params in a.modules.items():
-        try:
-            _shape(module, params)
-        except InvalidFile as e:
-            yield Finding("half-pair", module, e.message, "train or save the adapter again")
+    yield from _findings.broken(a, lambda module: _shape(module, a.modules[module]))
+    yield from _findings.other_ranks(a, lambda module: _shape(module, a.modules[module])[1], 8)
 
 
 def _fold(a: Adapter, request: Request) -> Outcome:
@@ -114,4 +112,7 @@ def _fold(a: Adapter, request: Request) -> Outcome:
     return _to_lora.fold(a, request, changes(a, request), dropped=dropped)
 
 
-edges: Mapping[str, tuple[Edge, ...]] = {"loha": (Edge("lora", Grade.EQUIVALENT, _fold),)}
+edges: Mapping[str, tuple[Edge, ...]] = {
+    # The shapes tell how a convolution's kernel is shaped that its factors hold flattened.
+    "loha": (Edge("lora", Grade.EQUIVALENT, _fold, needs=Need.SHAPES),)
+}
