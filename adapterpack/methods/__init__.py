@@ -6,8 +6,11 @@ from adapterpack.adapter import Adapter, Method
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import Unsupported
 from adapterpack.methods import (
+    adalora,
     beft,
     boft,
+    delora,
+    gralora,
     hira,
     hra,
     ia3,
@@ -23,8 +26,11 @@ from adapterpack.methods import (
 )
 
 _TABLE: tuple[Method, ...] = (
+    adalora,
     beft,
     boft,
+    delora,
+    gralora,
     hira,
     hra,
     ia3,

@@ -217,6 +217,20 @@ def positive(config: Mapping[str, Any], field: str, default: int, most: int = li
     return value
 
 
+def finite(config: Mapping[str, Any], field: str, default: float) -> float:
+    """A finite number from the config; null means the default.
+
+    Raises:
+        InvalidFile: it is something else, or absurdly large.
+    """
+    value = config.get(field)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not abs(value) < 1e9:
+        raise InvalidFile(f"{field} in adapter_config.json is {value!r:.60}; a finite number is wanted")
+    return float(value)
+
+
 def flag(config: Mapping[str, Any], field: str, default: bool = False) -> bool:
     """A truth value from the config; null means the default.
 

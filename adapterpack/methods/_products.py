@@ -64,6 +64,14 @@ def least_pair(torch: Any, pair: Pair) -> Pair:
     return pair if a.shape[0] <= min(b.shape[0], a.shape[1]) else whole_pair(torch, b @ a)
 
 
+def on_diagonal(blocks: Array, *, at: int) -> Array:
+    """Blocks (k, ...) with one dimension more, `at`, of length k: block i at place i, zeros elsewhere."""
+    k, *rest = blocks.shape
+    spread = blocks.new_zeros(k, *rest[: at - 1], k, *rest[at - 1 :])
+    spread.diagonal(dim1=0, dim2=at).copy_(blocks.movedim(0, -1))
+    return spread
+
+
 def unflattened(own: Shape, target: str, shapes: Shapes | None) -> Shape:
     """The shape of a change, with the kernel of a convolution that the adapter's tensors hold flattened.
 
