@@ -28,6 +28,7 @@ from adapterpack.adapter import (
     Outcome,
     Progress,
     Request,
+    depends_on_shapes,
 )
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
@@ -312,11 +313,6 @@ def _request(
     shapes, notes = open_shapes(a, base, stack, wanted=wanted, strict=strict)
     known = None if base_dtype is None else named_dtype(base_dtype)
     return Request(TorchBackend(device), shapes, known, wish.max_error, warm_start), shapes, notes
-
-
-def depends_on_shapes(method: Method, a: Adapter) -> bool:
-    """May it take the base's shapes to know what the adapter changes?"""
-    return any(Need.SHAPES in edge.needs for edge in method.edges.get(a.encoding, ()))
 
 
 def open_shapes(

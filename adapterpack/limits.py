@@ -33,6 +33,8 @@ PATTERNS = 10_000
 """Most patterns in one rank_pattern or alpha_pattern."""
 LORA_RANK = 65_536
 """Largest rank of an adapter."""
+CHANGE_ELEMENTS = 1 << 33
+"""Most elements of a change that small tensors stand for, as Kronecker products do: beyond it nothing is computed."""
 CARRIED_BYTES = 64 << 20
 """Largest tokenizer, text or config file that is carried along with an adapter."""
 CHUNK_BYTES = 4 << 20

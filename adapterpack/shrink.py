@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterpack import casting, containers, methods, sources
-from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
+from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request, depends_on_shapes
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.containers import apack, size_of
 from adapterpack.conversion import Conversion, inputs
-from adapterpack.convert import cast_outcome, depends_on_shapes, open_shapes
+from adapterpack.convert import cast_outcome, open_shapes
 from adapterpack.measuring import Measured, measure, publish, refuse_loss
 from adapterpack.methods import _lora_resizing
 from adapterpack.methods._keys import render

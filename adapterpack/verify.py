@@ -24,6 +24,7 @@ from adapterpack.adapter import (
     ModuleError,
     Progress,
     Request,
+    depends_on_shapes,
 )
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, INDEX, SINGLE, Base
@@ -224,10 +225,11 @@ def compare(
     """
     ours, theirs = _grouped(*x, request), _grouped(*y, request)
     if request.shapes is None:
-        # VeRA's file does not say how many inputs a module has; the other side may.
-        if x[1].method == "vera" != y[1].method:
+        # A file may not say how many inputs a module has, or how a kernel is shaped; the other side may.
+        asks = depends_on_shapes(*x), depends_on_shapes(*y)
+        if asks == (True, False):
             ours = _grouped(*x, replace(request, shapes=_ShapesOf(ours, theirs)))
-        elif y[1].method == "vera" != x[1].method:
+        elif asks == (False, True):
             theirs = _grouped(*y, replace(request, shapes=_ShapesOf(theirs, ours)))
     errors: list[ModuleError] = []
     findings: list[Finding] = []

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from adapterpack import limits
 from adapterpack.adapter import Block, Effect, Kind, Loaded, LowRank, Param, Product
-from adapterpack.errors import WrongBase
+from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods._changes import linear_kind, transposed
 from adapterpack.tensor import DType, Shape, Tensor
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     """The delta weight, logical: (out, in), (out, in, k...) of a convolution, (out,) of a bias."""
     Transform = Callable[["Maths", Array], Array]
     """The changed weight from the weight, both logical."""
+    Added = Callable[["Maths", Array, float], Array]
+    """The changed weight from the weight, both logical, and the user's weight of the change."""
     Factors = Callable[["Maths"], tuple[Array, Array, float]]
     """(B, A, scale) with delta weight == scale * B @ A exactly, in real arithmetic."""
 
@@ -100,6 +103,13 @@ def _fits(shape: Shape, own: Shape) -> bool:
     return len(shape) == len(own) and all(o in (0, s) for s, o in zip(shape, own, strict=True))
 
 
+def _logically(shape: Shape, w: Array, block: Block, f: Callable[[Array], Array]) -> Array:
+    """f of the weight as it is meant, (out, in) or (out, in, k...), put back as it lies."""
+    if transposed(block.kind):
+        return f(w.T).T
+    return f(w.reshape(shape) if block.kind is Kind.CONVOLUTION else w).reshape(w.shape)
+
+
 def _strayed(ours: Array, exact: Array) -> Array:
     """f32, broadcastable: what honest f32 arithmetic may lose where ours lost this much.
 
@@ -167,20 +177,24 @@ class DenseChange(_FormulaChange):
         delta: The formula.
         factors: Exact factors of the delta, where it has some.
         round_delta: PEFT rounds the delta to the base dtype before it adds.
+        added: How PEFT adds it, where that is not one sum in f32.
         scale: A weight of the user's.
     """
 
     delta: Formula
     factors: Factors | None = None
     round_delta: bool = False
+    added: Added | None = None
     scale: float = 1.0
 
     effect = Effect.ADD
 
     def whole(self, kind: Kind) -> bool:
-        return False
+        return self.added is not None
 
     def load(self, xp: Backend) -> Loaded:
+        if math.prod(self.shape) > limits.CHANGE_ELEMENTS:
+            raise InvalidFile(f"the change of {self.target} has shape {self.shape}: no weight is that large")
         return _LoadedDense(xp, self)
 
 
@@ -230,6 +244,9 @@ class _LoadedDense:
         return self.change.parts(self.xp)
 
     def apply(self, w: Array, block: Block) -> Array:
+        if (added := self.change.added) is not None:
+            maths = self.change.maths(self.xp, False, block.dtype)
+            return _logically(self.change.shape, w, block, lambda v: maths.lift(added(maths, v, self.change.scale)))
         delta = self._stored(self._delta(False, block.dtype), w, block)
         if self.change.round_delta:
             delta = self.xp.f32(self.xp.round(delta, block.dtype))
@@ -239,6 +256,8 @@ class _LoadedDense:
         return w + self._stored(self._delta(True, block.dtype), w, block)
 
     def noise(self, w: Array, block: Block) -> Array:
+        if self.change.added is not None:
+            return self.xp.f32(_strayed(self.apply(w, block), self.exact(w, block)))
         ours = self._stored(self._delta(False, block.dtype), w, block)
         return self.xp.f32(_strayed(ours, self._stored(self._delta(True, block.dtype), w, block)))
 
@@ -280,10 +299,7 @@ class _LoadedTransform:
 
     def _run(self, w: Array, block: Block, exact: bool) -> Array:
         maths = self.change.maths(self.xp, exact, block.dtype)
-        if transposed(block.kind):
-            return maths.lift(self.change.transform(maths, w.T).T)
-        logical = w.reshape(self.change.shape) if block.kind is Kind.CONVOLUTION else w
-        return maths.lift(self.change.transform(maths, logical).reshape(w.shape))
+        return _logically(self.change.shape, w, block, lambda v: maths.lift(self.change.transform(maths, v)))
 
     def apply(self, w: Array, block: Block) -> Array:
         return self._run(w, block, exact=False)
