@@ -138,7 +138,7 @@ def test_indices_that_peft_would_ignore_are_refused(workshop, files, tmp_path: P
     lying = files.edited(adapter, tmp_path / "lying", config={"save_precomputed_indices": False})
     with pytest.raises(InvalidFile, match="save_precomputed_indices is false"):
         adapterpack.merge(lying, workshop.base_of(_BY_NAME["super-llama"]), tmp_path / "merged")
-    assert [f.code for f in adapterpack.check(lying).findings] == ["wrong-index-flag"]
+    assert "wrong-index-flag" in {f.code for f in adapterpack.check(lying).findings}
     some = files.edited(adapter, tmp_path / "some", {f"{_Q}.supertuning_indices": None})
     with pytest.raises(InvalidFile, match="lacks indices"):
         adapterpack.merge(some, workshop.base_of(_BY_NAME["super-llama"]), tmp_path / "merged")

@@ -56,6 +56,7 @@ def shape(a: Adapter, module: str) -> Shape:
 
 
 def rank(a: Adapter, module: str) -> int:
+    """Width of a module's shards. Raises InvalidFile."""
     found = shape(a, module)
     return found[-1] if a.encoding == BAT else found[0]
 
@@ -128,6 +129,7 @@ def _bat(round_bat: bool, m: Maths, w: Array) -> Array:
 
 
 def findings(a: Adapter) -> Iterator[Finding]:
+    """What is wrong with the blocks, but for what only one of the methods has."""
     yield from _findings.broken(a, lambda module: shape(a, module))
     yield from _findings.other_ranks(a, lambda module: rank(a, module), 64, pattern=None)
 
