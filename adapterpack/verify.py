@@ -31,6 +31,7 @@ from adapterpack.base import CONFIG, INDEX, SINGLE, Base
 from adapterpack.errors import AdapterpackError, InvalidFile, UsageError, WrongBase
 from adapterpack.methods import _lowrank
 from adapterpack.methods._changes import ReplaceChange
+from adapterpack.methods._formula import LoadedDense
 from adapterpack.methods._parameters import LoadedStack
 from adapterpack.tensor import DType, Shape, Tensor
 
@@ -396,6 +397,9 @@ def _low_ranks(x: Loaded, y: Loaded) -> list[tuple[LowRank, LowRank]]:
     if isinstance(x, LoadedStack) and isinstance(y, LoadedStack):
         same = x.stack.experts == y.stack.experts
         return list(zip(x.low_ranks(), y.low_ranks(), strict=True)) if same else []
+    if isinstance(x, LoadedDense) is not isinstance(y, LoadedDense):
+        # The factors of a formula are a claim, and this is where it is put to the test: what it adds is compared.
+        return []
     low_x, low_y = x.low_rank(), y.low_rank()
     return [(low_x, low_y)] if low_x is not None and low_y is not None else []
 

@@ -195,11 +195,11 @@ class DenseChange(_FormulaChange):
     def load(self, xp: Backend) -> Loaded:
         if math.prod(self.shape) > limits.CHANGE_ELEMENTS:
             raise InvalidFile(f"the change of {self.target} has shape {self.shape}: no weight is that large")
-        return _LoadedDense(xp, self)
+        return LoadedDense(xp, self)
 
 
 @dataclass(frozen=True)
-class _LoadedDense:
+class LoadedDense:
     """See `adapter.Loaded`. The delta is computed once, for all blocks, when the first one asks for it."""
 
     xp: Backend
