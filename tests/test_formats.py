@@ -98,7 +98,7 @@ def test_method_and_encoding_are_recognised(case: Path) -> None:
     expect = _expect(case)
     with _open(case) as c:
         # A former name of a method may stand in the file.
-        assert c.peft_type == expect.get("peft_type", expect["method"])
+        assert c.peft_type == expect["method"]
         assert len(c.tensors) == expect["tensors"]
         method, adapter = methods.parse(c)
         assert (method.peft_type, adapter.encoding) == (expect["method"], expect["encoding"])

@@ -6,7 +6,7 @@
 
 Nothing in the file says how many inputs a module has, and of `mini` how many outputs. The first two are LoRA of
 rank r exactly: A is the matrix of zeros and ones that folds the inputs.
-Reference: peft/tuners/miss/layer.py (`get_delta_weight_miss`, `get_delta_weight`, `merge`); for Bone PEFT 0.18's
+Reference: peft/tuners/miss/layer.py (`get_delta_weight_miss`, `get_delta_weight`, `merge`); for Bone PEFT 0.17.1's
 peft/tuners/bone/layer.py.
 """
 

@@ -1,7 +1,7 @@
 """Bone (Kang 2024), MiSS as PEFT called it before 0.19, with which it was removed: PEFT cannot load it any more.
 
 The tensors are MiSS's under other names. In the mode `bat` Bone rounded what it adds to the base's dtype first.
-Reference: PEFT 0.18, peft/tuners/bone/layer.py, and its scripts/convert-bone-to-miss.py.
+Reference: PEFT 0.17.1, peft/tuners/bone/layer.py.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ class Case:
         merge_bound: How far PEFT's own merge may lie from ours, where it is less exact than `bound` or, in 16 bits,
             than 2^-7; None: those.
         peft_type: A former name of the method, to be written in place of the one that PEFT knows, once PEFT was
-            compared. expect.json then has both.
+            compared.
+        rename: What the former name called the parameters: endings of keys, now and then.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Case:
     bound: float = BOUND
     merge_bound: float | None = None
     peft_type: str | None = None
+    rename: tuple[str, str] | None = None
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -407,8 +409,13 @@ def make(case: Case, where: Path) -> int:
         }
         if case.peft_type is not None:
             edited.append("the peft_type")
-            expect["peft_type"] = case.peft_type
+            expect["method"] = case.peft_type
             rewrite(d / "adapter_config.json", lambda config: {**config, "peft_type": case.peft_type})
+        if case.rename is not None:
+            now, then = case.rename
+            file = d / "adapter_model.safetensors"
+            save_file({k.replace(now, then): v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+            edited.append("the keys")
         if case.adapter_name != "default":
             expect["subfolder"] = case.adapter_name
         if edited:
