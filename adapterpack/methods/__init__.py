@@ -8,6 +8,7 @@ from adapterpack.errors import Unsupported
 from adapterpack.methods import (
     beft,
     boft,
+    fourierft,
     hira,
     hra,
     ia3,
@@ -17,14 +18,17 @@ from adapterpack.methods import (
     oft,
     pvera,
     road,
+    shira,
     trainable_tokens,
     vblora,
     vera,
+    waveft,
 )
 
 _TABLE: tuple[Method, ...] = (
     beft,
     boft,
+    fourierft,
     hira,
     hra,
     ia3,
@@ -34,9 +38,11 @@ _TABLE: tuple[Method, ...] = (
     oft,
     pvera,
     road,
+    shira,
     trainable_tokens,
     vblora,
     vera,
+    waveft,
 )
 METHODS: dict[str, Method] = {m.peft_type: m for m in _TABLE}
 
