@@ -46,6 +46,8 @@ class Seeded:
         redrawn: Without a recorded recipe: the tensors, and what the user should know of them.
         checked: Raises InvalidFile if a recorded recipe draws something else than this method has.
         where: When stock PEFT draws the same as a recipe, one sentence.
+        needs: Of the base, to draw without a recorded recipe.
+        absent: What PEFT does where the switch is set and the tensors are not there.
     """
 
     switch: str
@@ -60,6 +62,7 @@ class Seeded:
     checked: Callable[[Adapter, Recipe], None]
     where: Callable[[Recipe], str]
     needs: Need = Need.SHAPES
+    absent: str = "PEFT refuses to load it"
 
     def drawn(self, a: Adapter, request: Request, torch: Any = None) -> tuple[Drawn, tuple[str, ...]]:
         """The tensors of either encoding, and what the user should know of them.
@@ -152,7 +155,7 @@ class Seeded:
         """What is wrong with the switch, or may be with a seed."""
         said = flag(a.config, self.switch, self.default)
         if said != (a.encoding == PROJECTION):
-            what = "holds no projections: PEFT refuses to load it" if said else "holds them: PEFT ignores them"
+            what = f"holds no projections: {self.absent}" if said else "holds them: PEFT ignores them"
             yield Finding(
                 "wrong-projection-flag",
                 self.switch,
