@@ -225,9 +225,9 @@ def compare(
     ours, theirs = _grouped(*x, request), _grouped(*y, request)
     if request.shapes is None:
         # VeRA's file does not say how many inputs a module has; the other side may.
-        if x[1].method == "vera" != y[1].method:
+        if x[1].method in _WIDE and y[1].method not in _WIDE:
             ours = _grouped(*x, replace(request, shapes=_ShapesOf(ours, theirs)))
-        elif y[1].method == "vera" != x[1].method:
+        elif y[1].method in _WIDE and x[1].method not in _WIDE:
             theirs = _grouped(*y, replace(request, shapes=_ShapesOf(theirs, ours)))
     errors: list[ModuleError] = []
     findings: list[Finding] = []
@@ -267,6 +267,10 @@ def compare(
     return errors, findings, notes
 
 
+_WIDE = {"vera", "pvera"}
+"""Methods whose change of a module is as wide as the widest one's, where no base tells."""
+
+
 class _ShapesOf:
     """The shapes that another adapter's changes have, as a base would tell them.
 
@@ -286,6 +290,9 @@ class _ShapesOf:
 
     def tensor(self, target: str) -> Tensor:
         raise WrongBase(f"the values of {target} are wanted, and there is no base", hint="--base BASE")
+
+    def modules(self) -> list[str]:
+        return []
 
     def conv1d(self, module: str) -> bool | None:
         # The changes of an adapter are logical, (out, in).
