@@ -1,4 +1,4 @@
-"""Every kind of recipe survives its JSON, is proven by digest and bounded, and the independent decoder draws alike."""
+"""Every kind of recipe survives its JSON, is proven by digest and bounded; the independent decoder draws alike."""
 
 from __future__ import annotations
 
