@@ -109,6 +109,10 @@ class Shapes(Protocol):
         """A base tensor, for changes that take another one than the one they change. Raises WrongBase."""
         ...
 
+    def modules(self) -> list[str]:
+        """Its modules that have a matrix of weights, as the model calls them; empty if only its config is there."""
+        ...
+
     def conv1d(self, module: str) -> bool | None:
         """Do its weights lie as (in, out), as GPT-2's Conv1D? None if the base's config does not tell."""
         ...

@@ -28,8 +28,8 @@ EXPERTS_TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
 
 
 def is_conv1d(config: Config, module: str) -> bool | None:
-    """Do the module's weights lie as (in, out)? None if there is no config to ask."""
-    if not config:
+    """Do the module's weights lie as (in, out)? None if no config says what model it is."""
+    if "model_type" not in config:
         return None
     if module.rpartition(".")[2] == "experts":
         return str(config.get("model_type")) in EXPERTS_TRANSPOSED

@@ -62,6 +62,8 @@ class Base:
         self._names = names.Names(self._disk)
         self._experts = experts.Experts(self.tensors)
         self._lie_apart = 0
+        # What `modules` called by its name in memory, by that name.
+        self._listed: dict[str, str] = {}
         try:
             shards = self._shard_names(weights)
             folder.expect(shards)
@@ -211,7 +213,8 @@ class Base:
 
     def on_disk(self, target: str) -> str | None:
         """The name on disk of a tensor that the adapter calls `target`; None if it is not there."""
-        return self._names.on_disk(target) or self._experts.renamed(self._names.moved(target))
+        named = self._names.on_disk(target) or self._experts.renamed(self._names.moved(target))
+        return named or self._listed.get(target)
 
     def apart(self, target: str) -> experts.Apart | None:
         """How a parameter that is fused in the model lies apart on disk; None if it does not."""
@@ -317,6 +320,14 @@ class Base:
     def inside(self, tensor: str) -> experts.Inside | None:
         return None if not self.tensors or self.on_disk(tensor) else self._experts.inside(self._names.moved(tensor))
 
+    def modules(self) -> list[str]:
+        said = Memory(self)
+        for name, tensor in self.tensors.items():
+            if name.endswith(".weight") and len(tensor.shape) > 1:
+                self._listed[said(name)] = name
+        tied = [said(self.head)] if self.tied and self.head not in self.tensors else []
+        return [name.removesuffix(".weight") for name in (*self._listed, *tied)]
+
     def conv1d(self, module: str) -> bool | None:
         return architectures.is_conv1d(self.config, module)
 
@@ -328,3 +339,22 @@ class Base:
             return floats.most_common(1)[0][0]
         said = self.config.get("dtype", self.config.get("torch_dtype"))
         return {"float32": F32, "bfloat16": BF16, "float16": F16, "float64": DTYPES["F64"]}.get(str(said))
+
+
+class Memory:
+    """How transformers calls in memory what a model directory calls so on disk.
+
+    Old checkpoints hold the body alone though their class has a head: `h.0...` is `transformer.h.0...` then. Models
+    of several parts, and some vision models, are named otherwise altogether.
+    """
+
+    def __init__(self, model: Base) -> None:
+        self._prefix = ""
+        body = architectures.body(model.config)
+        if body and not any(t.startswith(f"{body}.") for t in model.tensors):
+            self._prefix = f"{body}."
+        self._head = model.head
+        self._name = names.in_memory(model.tensors.keys(), str(model.config.get("model_type")))
+
+    def __call__(self, name: str) -> str:
+        return self._name(name if name == self._head else self._prefix + name)

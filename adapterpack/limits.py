@@ -41,6 +41,8 @@ CHUNK_BYTES = 4 << 20
 """How much is copied, hashed or scanned at a time."""
 RECIPE_ELEMENTS = 1 << 28
 """Most elements that a recipe may draw: beyond it the recipe is refused before it is run."""
+PERMUTATION = 1 << 32
+"""Most elements of a weight that places are drawn from."""
 ZSTD_WINDOW_LOG = 23
 """Largest window of a zstd frame: 8 MiB."""
 MANIFEST_BYTES = 64 << 20

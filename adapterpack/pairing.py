@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from adapterpack import architectures, names
-from adapterpack.base import Base
+from adapterpack import architectures
+from adapterpack.base import Base, Memory
 from adapterpack.errors import WrongBase
 from adapterpack.tensor import Tensor, numpy_dtype
 
@@ -141,25 +141,6 @@ def _on_disk(base: Base, tuned: Base, name: str) -> str | None:
 def _named(text: str, said: list[str]) -> str:
     more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
     return text.format(", ".join(sorted(said)[:_SHOWN]) + more) if said else ""
-
-
-class Memory:
-    """How transformers calls in memory what a model directory calls so on disk.
-
-    Old checkpoints hold the body alone though their class has a head: `h.0...` is `transformer.h.0...` then. Models
-    of several parts, and some vision models, are named otherwise altogether.
-    """
-
-    def __init__(self, model: Base) -> None:
-        self._prefix = ""
-        body = architectures.body(model.config)
-        if body and not any(t.startswith(f"{body}.") for t in model.tensors):
-            self._prefix = f"{body}."
-        self._head = model.head
-        self._name = names.in_memory(model.tensors.keys(), str(model.config.get("model_type")))
-
-    def __call__(self, name: str) -> str:
-        return self._name(name if name == self._head else self._prefix + name)
 
 
 def _pair(name: str, base: Tensor, tuned: Tensor, model: Base, head: str, modules: set[str]) -> Pair:

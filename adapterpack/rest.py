@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from adapterpack.base import Base
+from adapterpack.base import Base, Memory
 from adapterpack.errors import InvalidFile, Unsupported
-from adapterpack.pairing import Memory, Pair, Role
+from adapterpack.pairing import Pair, Role
 from adapterpack.tensor import Tensor, chunks, numpy_dtype
 
 

@@ -290,6 +290,9 @@ class _ShapesOf:
     def tensor(self, target: str) -> Tensor:
         raise WrongBase(f"the values of {target} are wanted, and there is no base", hint="--base BASE")
 
+    def modules(self) -> list[str]:
+        return []
+
     def conv1d(self, module: str) -> bool | None:
         # The changes of an adapter are logical, (out, in).
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -408,12 +409,171 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
 
 
+def stored(values: np.ndarray, through: str, dtype: str) -> bytes:
+    """float32 values, rounded twice, as they lie in a file."""
+    values = rounded(rounded(values.astype(np.float32), through), dtype)
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype(np.float16 if dtype == "F16" else np.float32).tobytes()
+
+
+def size_of(draw: Any, rank: int) -> list[int]:
+    return [number(x, 1, 2**31) for x in listing(draw["shape"], rank)]
+
+
+def double(value: Any) -> float:
+    return float.fromhex(text(value))
+
+
+def bases(recipe: Any) -> list[tuple[str, str, list[int], bytes]]:
+    ternary = recipe["law"] == "ternary"
+    must((recipe["law"], recipe["drawn"]) in {("ternary", "F32"), ("uniform", "BF16"), ("uniform", "F16")}, "a law")
+    listed = [fields(draw, "bound", "name", "shape", "std") for draw in listing(recipe["draws"])]
+    counts = [int(np.prod(size_of(draw, 3), dtype=object)) for draw in listed]
+    must(sum(counts) <= 2**24, "a recipe of too many elements for this reader")
+    words, at, made = mt19937(number(recipe["seed"], -(2**63), 2**64 - 1), sum(counts)), 0, []
+    for draw, count in zip(listed, counts, strict=True):
+        rows, each, columns = size_of(draw, 3)
+        bound, std = double(draw["bound"]), np.float32(double(draw["std"]))
+        u = (words[at : at + count] & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
+        at += count
+        if ternary:
+            values = np.where(u > np.float32(1 - bound), 1, np.where(u < np.float32(bound), -1, 0)).astype(np.float32)
+            values = values.reshape(rows, each, columns)
+        else:
+            lo, hi = np.float32(-bound), np.float32(bound)
+            if recipe["arithmetic"] == "fused":
+                values = (u.astype(np.float64) * float(hi - lo) + float(lo)).astype(np.float32)
+            else:
+                values = u * (hi - lo) + lo
+            values, ends = rounded(values, recipe["drawn"]), rounded(np.array([lo, hi]), recipe["drawn"])
+            values = np.where(values >= ends[1], ends[0], values)
+            # Base by base.
+            values = values.reshape(each, rows, columns).transpose(1, 0, 2)
+        values = rounded(np.ascontiguousarray(values / std), recipe["drawn"])
+        data = stored(values, recipe["through"], recipe["stored"])
+        made.append((draw["name"], recipe["stored"], draw["shape"], data))
+    return made
+
+
+def places(recipe: Any) -> list[tuple[str, str, list[int], bytes]]:
+    made = []
+    for draw in listing(recipe["draws"]):
+        fields(draw, "count", "name", "shape")
+        rows, columns = size_of(draw, 2)
+        size, count = rows * columns, number(draw["count"], 1, 2**20)
+        must(count <= size < (2**32 - 1) // 20, "a permutation that is too large for this reader")
+        words = mt19937(number(recipe["seed"], -(2**63), 2**64 - 1), count)
+        order = list(range(size))
+        for i in range(min(count, size - 1)):
+            j = i + int(words[i]) % (size - i)
+            order[i], order[j] = order[j], order[i]
+        flat = np.array(sorted(order[:count]))
+        data = np.stack([flat // columns, flat % columns]).astype("<i4").tobytes()
+        made.append((draw["name"], "I32", [2, count], data))
+    return made
+
+
+class Pcg:
+    """Whole numbers below a limit from numpy's PCG64; of each 64 bits the lower half comes first."""
+
+    def __init__(self, seed: int) -> None:
+        self.bits, self.half = np.random.PCG64(seed), None  # type: ignore[var-annotated]
+
+    def word(self) -> int:
+        if self.half is not None:
+            word, self.half = self.half, None
+            return word
+        whole = int(self.bits.random_raw())
+        self.half = whole >> 32
+        return whole & 0xFFFFFFFF
+
+    def upto(self, most: int) -> int:
+        """One of 0 to `most`, by Lemire's multiplication."""
+        if not most:
+            return 0
+        m = self.word() * (most + 1)
+        while m & 0xFFFFFFFF < (0xFFFFFFFF - most) % (most + 1):
+            m = self.word() * (most + 1)
+        return m >> 32
+
+    def masked(self, most: int) -> int:
+        """One of 0 to `most`, by as many bits as it has, until it fits."""
+        mask = (1 << most.bit_length()) - 1
+        value = self.word() & mask if most else 0
+        while value > most:
+            value = self.word() & mask
+        return value
+
+    def shuffle(self, items: list[int], below: Callable[[int], int], first: int = 1) -> list[int]:
+        for i in range(len(items) - 1, first - 1, -1):
+            j = below(i)
+            items[i], items[j] = items[j], items[i]
+        return items
+
+    def choice(self, length: int, count: int) -> list[int]:
+        if length > 10_000 and count > length // 50:
+            return self.shuffle(list(range(length)), self.upto, max(length - count, 1))[length - count :]
+        found: list[int] = []
+        for j in range(length - count, length):
+            value = self.upto(j)
+            found.append(j if value in found else value)
+        return self.shuffle(found, self.upto)
+
+
+def balanced(recipe: Any) -> list[tuple[str, str, list[int], bytes]]:
+    listed = [fields(draw, "name", "scales", "shape") for draw in listing(recipe["draws"])]
+    counts = [int(np.prod(size_of(draw, 2), dtype=object)) for draw in listed]
+    length, total = number(recipe["length"], 1, 2**20), sum(counts)
+    must(total <= 2**20, "a recipe of too many elements for this reader")
+    rng = Pcg(number(recipe["seed"], 0, 2**64 - 1))
+    data = [i for i in range(length) for _ in range(total // length)]
+    data += rng.choice(length, total % length) if total % length else []
+    rng.shuffle(data, rng.masked)
+    often = np.bincount(data, minlength=length).astype(np.float32)
+    scales, at, made = np.float32(1) / np.sqrt(np.maximum(often, 1)), 0, []
+    for draw, count in zip(listed, counts, strict=True):
+        indices = np.array(data[at : at + count], "<i8")
+        at += count
+        made.append((draw["name"], "I64", draw["shape"], indices.tobytes()))
+        kept = stored(scales[indices], recipe["through"], recipe["stored"])
+        made.append((draw["scales"], recipe["stored"], draw["shape"], kept))
+    return made
+
+
+KINDS = {
+    "bases": (bases, "mt19937", ("arithmetic", "drawn", "law", "seed", "stored", "through")),
+    "places": (places, "mt19937", ("seed",)),
+    "balanced": (balanced, "pcg64", ("length", "seed", "stored", "through")),
+}
+
+
 def draws(raw: Any) -> dict[str, tuple[str, list[int], bytes]]:
     """Name: (dtype, shape, bytes) of one recipe."""
     outer = fields(raw, "recipe", "version")
     must(number(outer["version"]) == 1, "a recipe of another version")
+    must(type(outer["recipe"]) is dict, "not a recipe")
+    kind = KINDS.get(outer["recipe"].get("name"))
+    if kind is None:
+        return uniform(outer["recipe"])
+    make, generator, own = kind
+    recipe = fields(outer["recipe"], "draws", "generator", "keys", "name", "sha256", *own)
+    must(recipe["generator"] == generator and recipe["keys"] == {}, "another recipe")
+    must({recipe.get("through", "F32"), recipe.get("stored", "F32")} <= {"F32", "BF16", "F16"}, "another dtype")
+    made = make(recipe)
+    if kind[0] is balanced:
+        must(list(recipe["sha256"]) == ["*"], "other digests than one")
+        must(digest(b"".join(data for *_, data in made)) == hex_digest(recipe["sha256"]["*"]), "another digest")
+    else:
+        must(sorted(recipe["sha256"]) == sorted(text(name) for name, *_ in made), "other digests than draws")
+        must(all(digest(data) == hex_digest(recipe["sha256"][name]) for name, *_, data in made), "another digest")
+    return {name: (dtype, shape, data) for name, dtype, shape, data in made}
+
+
+def uniform(raw: Any) -> dict[str, tuple[str, list[int], bytes]]:
+    """The draws of a recipe `uniform`."""
     names = ("arithmetic", "draws", "generator", "keys", "name", "order", "seed", "sha256", "stored", "through")
-    recipe = fields(outer["recipe"], *names)
+    recipe = fields(raw, *names)
     must((recipe["name"], recipe["generator"]) == ("uniform", "mt19937") and recipe["keys"] == {}, "another recipe")
     must(recipe["arithmetic"] in ("fused", "two-roundings"), "another arithmetic")
     must({recipe["through"], recipe["stored"]} <= {"F32", "BF16", "F16"}, "another dtype")

@@ -18,6 +18,7 @@ LAYERS = [
     {"errors", "limits", "version"},
     {"io", "tensor"},
     {"codecs"},
+    {"draws"},
     {"adapter", "checkpoint", "recipes", "architectures", "experts", "names"},
     {"backend", "exactness", "vectormath"},
     {"methods", "containers"},

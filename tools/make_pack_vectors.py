@@ -870,7 +870,7 @@ def made_recipes() -> Files:
     """Every arithmetic and dtype, and seeds below zero and above 32 bits."""
     import torch
 
-    from adapterpack.recipes import Recipe, Uniform
+    from adapterpack.recipes import Uniform, UniformRecipe
     from adapterpack.tensor import DTYPES
 
     assert torch
@@ -885,7 +885,7 @@ def made_recipes() -> Files:
     )
     for n, (seed, arithmetic, through, stored) in enumerate(kinds):
         draws = (Uniform("vera_A", (3, 40), 0.3), Uniform("vera_B", (24, 3), 1.5))
-        made = Recipe(seed, draws, arithmetic, DTYPES[through], DTYPES[stored])
+        made = UniformRecipe(seed, draws, arithmetic, DTYPES[through], DTYPES[stored])
         tensors = {name: tensor.source.read(0, tensor.nbytes) for name, tensor in made.draw().items()}
         record = json.loads(made.to_metadata())
         record["recipe"]["sha256"] = {name: sha(data) for name, data in tensors.items()}

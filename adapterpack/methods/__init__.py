@@ -12,6 +12,7 @@ from adapterpack.methods import (
     bone,
     c3a,
     delora,
+    fourierft,
     gralora,
     hira,
     hra,
@@ -22,11 +23,17 @@ from adapterpack.methods import (
     lora,
     miss,
     oft,
+    pvera,
+    randlora,
     road,
+    shira,
     supertuning,
+    tinylora,
     trainable_tokens,
+    unilora,
     vblora,
     vera,
+    waveft,
 )
 
 _TABLE: tuple[Method, ...] = (
@@ -36,6 +43,7 @@ _TABLE: tuple[Method, ...] = (
     bone,
     c3a,
     delora,
+    fourierft,
     gralora,
     hira,
     hra,
@@ -46,11 +54,17 @@ _TABLE: tuple[Method, ...] = (
     lora,
     miss,
     oft,
+    pvera,
+    randlora,
     road,
+    shira,
     supertuning,
+    tinylora,
     trainable_tokens,
+    unilora,
     vblora,
     vera,
+    waveft,
 )
 METHODS: dict[str, Method] = {m.peft_type: m for m in _TABLE}
 

@@ -136,6 +136,7 @@ class _FormulaChange:
         layer: LINEAR (or Conv1D, or a convolution: the base decides) or EMBEDDING.
         fan_in_fan_out: The config's word on how the weight lies, for square weights.
         given: More tensors for the formula, of the base or drawn from a seed.
+        also: Keys of more tensors that count as used: `given` ones that the file holds, copies of others.
     """
 
     module: str
@@ -145,6 +146,7 @@ class _FormulaChange:
     layer: Kind = Kind.LINEAR
     fan_in_fan_out: bool = False
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    also: frozenset[str] = frozenset()
 
     torch = True
 
@@ -154,7 +156,7 @@ class _FormulaChange:
 
     @property
     def uses(self) -> frozenset[str]:
-        return frozenset(p.key for p in self.params.values())
+        return frozenset(p.key for p in self.params.values()) | self.also
 
     def products(self, kind: Kind) -> tuple[Product, ...]:
         return ()

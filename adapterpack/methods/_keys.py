@@ -70,11 +70,14 @@ class KeyTable:
             name = found.replace("*", key.rpartition(".")[2])
         return name
 
-    def parse(self, c: Checkpoint, method: str, encoding: str, *, nested: bool = False) -> Adapter:
+    def parse(
+        self, c: Checkpoint, method: str, encoding: str, *, nested: bool = False, alone: bool = False
+    ) -> Adapter:
         """Sort all tensors of a checkpoint by their keys.
 
         Args:
             nested: Does the method know what modules mean that wrap wrapped ones?
+            alone: May shared parameters stand without any of a module?
 
         Raises:
             InvalidFile: two keys stand for one parameter.
@@ -88,7 +91,7 @@ class KeyTable:
             param = Param(key, tensor)
             if (common := self._shared_name(key)) is not None:
                 _put(shared, common, param)
-            elif (split := self._split(key)) is not None:
+            elif (split := self.split(key)) is not None:
                 module, name = split
                 _put(modules.setdefault(module, {}), name, param)
             elif (target := self._replaces(key, c.config)) is not None:
@@ -96,7 +99,7 @@ class KeyTable:
                 replaced.setdefault(target, []).append(Replaced(param, rows))
             else:
                 extra[key] = tensor
-        if not modules:
+        if not modules and not (alone and shared):
             hint = None
             if any(self.marker in key for key in c.tensors):
                 hint = f"its keys lack the prefix {PREFIX!r}: PEFT would not load them either"
@@ -117,7 +120,8 @@ class KeyTable:
             metadata=c.metadata,
         )
 
-    def _split(self, key: str) -> tuple[str, str] | None:
+    def split(self, key: str) -> tuple[str, str] | None:
+        """The module and the name of the parameter that a key stands for; None: no module's."""
         if not key.startswith(PREFIX):
             return None
         parts = key.removeprefix(PREFIX).split(".")

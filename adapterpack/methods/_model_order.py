@@ -23,6 +23,8 @@ _GROUPS = (
     " c_attn c_fc c_proj fc_in fc_out gate_proj up_proj gate_up_proj down_proj wi wi_0 wi_1 wo",
 )
 _PLACE = {name: n for n, name in enumerate(" ".join(_GROUPS).split())}
+_FIRST = {name.rstrip("0123456789"): place for name, place in reversed(_PLACE.items()) if name[-1].isdecimal()}
+"""The place of the first of those that differ in a number alone: `fc1` and `fc2`."""
 _QUERY_LAST = {"k_proj": "q_proj", "v_proj": "k_proj", "q_proj": "v_proj"}
 """BART and its kin, OPT, CLIP and GPT-J define k, v and q."""
 _KIN_OF_BART = {"encoder", "decoder", "h"}
@@ -36,21 +38,28 @@ def in_order(names: Iterable[str]) -> tuple[list[str], bool]:
     return [".".join(path) for path in paths], known
 
 
-def _key(path: tuple[str, ...]) -> list[tuple[int, int, str]]:
+def _key(path: tuple[str, ...]) -> list[tuple[int, int, str, int]]:
     return [_place(path[:n], part) for n, part in enumerate(path)]
 
 
-def _place(above: tuple[str, ...], part: str) -> tuple[int, int, str]:
+def _place(above: tuple[str, ...], part: str) -> tuple[int, int, str, int]:
+    """Its kind (a number, known, unknown), its place, its name without a number, its number."""
     if part.isdecimal():
-        return 0, int(part), ""
+        return 0, int(part), "", 0
     if part in _QUERY_LAST and _KIN_OF_BART & set(above):
         part = _QUERY_LAST[part]
-    return (1, _PLACE[part], "") if part in _PLACE else (2, 0, part)
+    stem = part.rstrip("0123456789")
+    number = int(part[len(stem) :] or 0)
+    if stem != part and stem in _FIRST:
+        return 1, _FIRST[stem], "", number
+    return (1, _PLACE[part], "", 0) if part in _PLACE else (2, 0, stem, number)
 
 
 def _known(x: tuple[str, ...], y: tuple[str, ...]) -> bool:
     """Is it known which of two neighbours comes first?"""
     for n, (a, b) in enumerate(zip(x, y, strict=False)):
         if a != b:
-            return all(_place(x[:n], part)[0] < 2 for part in (a, b))
+            one, other = _place(x[:n], a), _place(x[:n], b)
+            # Names that differ in a number alone are defined in its order.
+            return (one[0] < 2 and other[0] < 2) or (one[:3] == other[:3] and one[3] != other[3])
     return True

@@ -158,7 +158,7 @@ def run_recipe(data: bytes) -> None:
     recipe = recipes.from_metadata({recipes.METADATA_KEY: data.decode("utf-8", "replace")})
     assert recipe is not None
     assert recipes.from_metadata({recipes.METADATA_KEY: recipe.to_metadata()}) == recipe
-    if sum(d.shape[0] * d.shape[1] for d in recipe.draws) <= 10_000:
+    if recipe.cost <= 10_000 and not recipe.takes_torch:
         recipe.draw()
 
 
@@ -177,8 +177,8 @@ def seeds_of_recipes() -> Iterator[bytes]:
 
 def _recipe(rows: int) -> bytes:
     draws = (recipes.Uniform("vera_A", (rows, 4), 0.5), recipes.Uniform("vera_B", (8, rows), 0.25))
-    drawn = {name: tensor.digest() for name, tensor in recipes.Recipe(rows, draws).draw().items()}
-    return recipes.Recipe(rows, draws, digests=drawn).to_metadata().encode()
+    drawn = {name: tensor.digest() for name, tensor in recipes.UniformRecipe(rows, draws).draw().items()}
+    return recipes.UniformRecipe(rows, draws, digests=drawn).to_metadata().encode()
 
 
 def run_name(data: bytes) -> None:
@@ -360,7 +360,7 @@ def run_pack(data: bytes) -> None:
     pack = Pack(Bytes(_sealed(text, frames), "input.apack"), parent=_elsewhere, base=_elsewhere)
     m = pack.manifest
     decoded = sum(d for frame in m.frames() for d, _ in frame.segments)
-    drawn = sum(d.shape[0] * d.shape[1] for recipe in m.recipes for d in recipe.draws)
+    drawn = sum(recipe.cost for recipe in m.recipes)
     if max(decoded, 4 * drawn, sum(file.size for file in m.files)) > _SMALL:
         raise InvalidFile("too large for here")
     with opening.checkpoint(pack, ExitStack(), opaque=True) as c:

@@ -24,7 +24,15 @@ import numpy as np
 import vectors
 
 Files = dict[str, bytes]
-NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int16": "I16", "uint8": "U8"}
+NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "uint8": "U8",
+}
 PFX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.0.self_attn.v_proj"

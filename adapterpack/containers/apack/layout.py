@@ -194,10 +194,7 @@ def _place_fits(m: Manifest, n: int, entry: Entry) -> bool:
         case Same(tensor):
             return tensor < n and m.tensors[tensor].nbytes == entry.nbytes
         case Drawn(recipe, name):
-            draws = m.recipes[recipe].draws if recipe < len(m.recipes) else ()
-            return any(
-                d.name == name and d.shape == entry.shape and m.recipes[recipe].stored == entry.dtype for d in draws
-            )
+            return recipe < len(m.recipes) and m.recipes[recipe].shapes.get(name) == (entry.dtype, entry.shape)
         case Lines(axis, steps, classes):
             from adapterpack.codecs.lines import line_shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from adapterpack import limits, methods
 from adapterpack.checkpoint import Checkpoint
@@ -35,6 +35,8 @@ from adapterpack.tensor import F32, Joined, Memory, Source, Tensor, chunks
 _WORTH_A_REFERENCE = 256
 """Smaller tensors cost less than saying where they are."""
 _WORTH_A_STREAM = 1024
+_RECIPES = 1000
+"""Most recipes of one pack."""
 _ENDS = {"weight", "bias", "default"}
 
 
@@ -141,7 +143,10 @@ def _add_tensors(plan: Placing, c: Checkpoint, references: References) -> None:
     seen: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     groups: dict[tuple[object, ...], int] = {}
     for name, tensor in tensors.items():
-        where = drawn.get(name) or _elsewhere(name, tensor, references) or _seen(plan, tensor, tensors, seen)
+        # What is drawn is looked up too, so that others like it find it.
+        same = None if name in drawn else _elsewhere(name, tensor, references)
+        where = same or _seen(plan, tensor, tensors, seen)
+        where = drawn.get(name, where)
         if isinstance(tensor.source, lines.Quantised):
             own = Lines(tensor.source.axis, tensor.source.steps, next(classes))
             where = own if where is None else where
@@ -169,20 +174,25 @@ def _recomputed(plan: Placing, c: Checkpoint) -> Iterator[tuple[str, Place]]:
     """Tensors that a recipe gives back bit for bit: proven here, and again when they are drawn."""
     try:
         method, adapter = methods.parse(c)
+        candidates = list(method.recipes(adapter))
     except AdapterpackError:
         # A method that is not read has no recipes; its tensors are stored like any others.
         return
-    for recipe in method.recipes(adapter):
-        shared = {d.name: adapter.shared[d.name] for d in recipe.draws if d.name in adapter.shared}
-        if len(shared) < len(recipe.draws) or sum(p.tensor.nbytes for p in shared.values()) < _WORTH_A_REFERENCE:
+    placed: set[str] = set()
+    for recipe in candidates:
+        # What another build of torch may draw otherwise is no way to keep anything.
+        if recipe.takes_torch or recipe.cost > limits.RECIPE_ELEMENTS or len(plan.recipes) == _RECIPES:
+            continue
+        spelled = {name: adapter.shared[name].key if name in adapter.shared else name for name in recipe.shapes}
+        found = {name: c.tensors[key] for name, key in spelled.items() if key in c.tensors}
+        size = sum(tensor.nbytes for tensor in found.values())
+        if len(found) < len(spelled) or size < _WORTH_A_REFERENCE or not placed.isdisjoint(spelled.values()):
             continue
         drawn = recipe.draw()
-        if all(drawn[name].equals(param.tensor) for name, param in shared.items()):
-            digests = {name: tensor.digest() for name, tensor in drawn.items()}
-            plan.recipes.append(replace(recipe, digests=digests, keys={}))
-            for name, param in shared.items():
-                yield param.key, Drawn(len(plan.recipes) - 1, name)
-            return
+        if all(drawn[name].equals(tensor) for name, tensor in found.items()):
+            plan.recipes.append(recipe.proven(drawn))
+            placed.update(spelled.values())
+            yield from ((key, Drawn(len(plan.recipes) - 1, name)) for name, key in spelled.items())
 
 
 def _elsewhere(name: str, tensor: Tensor, references: References) -> Place | None:
