@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     """The changed weight from the weight, both logical."""
     Added = Callable[["Maths", Array, float], Array]
     """The changed weight from the weight, both logical, and the user's weight of the change."""
+    Derive = Callable[["Maths", Array, Mapping[str, Array] | None], Mapping[str, Array]]
+    """What is found from the weight before the formula runs, by name; the last argument is what the run in f32 found,
+    where this one is exact: signs and clusters must be the same for both."""
     Factors = Callable[["Maths"], tuple[Array, Array, float]]
     """(B, A, scale) with delta weight == scale * B @ A exactly, in real arithmetic."""
 
@@ -137,6 +140,8 @@ class _FormulaChange:
         fan_in_fan_out: The config's word on how the weight lies, for square weights.
         given: More tensors for the formula, of the base or drawn from a seed.
         also: Keys of more tensors that count as used: `given` ones that the file holds, copies of others.
+        settings: Numbers of the config that the formula goes by: without W at hand changes are compared by these too.
+        reads: Base tensors other than the target that the change depends on.
     """
 
     module: str
@@ -147,6 +152,8 @@ class _FormulaChange:
     fan_in_fan_out: bool = False
     given: Mapping[str, Tensor] = field(default_factory=dict)
     also: frozenset[str] = frozenset()
+    settings: Mapping[str, float] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
 
     torch = True
 
@@ -168,7 +175,8 @@ class _FormulaChange:
         return _maths(xp, self.params, self.given, exact, dtype)
 
     def parts(self, xp: Backend) -> Mapping[str, Array]:
-        return {name: xp.native(p.tensor) for name, p in self.params.items()}
+        own = {name: xp.native(p.tensor) for name, p in self.params.items()}
+        return own | {f"setting {n}": xp.torch.tensor(float(v)) for n, v in self.settings.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +278,11 @@ class TransformChange(_FormulaChange):
 
     Attributes:
         transform: The formula.
+        derive: What it takes from W beforehand, an SVD for example; it finds that in its `Maths` by name.
     """
 
     transform: Transform
+    derive: Derive | None = None
 
     effect = Effect.TRANSFORM
 
@@ -289,6 +299,8 @@ class _LoadedTransform:
 
     xp: Backend
     change: TransformChange
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _kept: dict[bool, tuple[Array, Mapping[str, Array]]] = field(default_factory=dict)
 
     def low_rank(self) -> LowRank | None:
         return None
@@ -301,7 +313,29 @@ class _LoadedTransform:
 
     def _run(self, w: Array, block: Block, exact: bool) -> Array:
         maths = self.change.maths(self.xp, exact, block.dtype)
-        return _logically(self.change.shape, w, block, lambda v: maths.lift(self.change.transform(maths, v)))
+        def changed(v: Array) -> Array:
+            return maths.lift(self.change.transform(self._prepared(maths, v), v))
+
+        return _logically(self.change.shape, w, block, changed)
+
+    def _prepared(self, maths: Maths, w: Array) -> Maths:
+        """With what the formula takes from W: found once for each run, which may take long."""
+        if self.change.derive is None:
+            return maths
+        rough = self.change.maths(self.xp, False, maths.dtype) if maths.exact else maths
+        with self._lock:
+            found = self._found(rough, self.xp.f32(self.xp.round(w, maths.dtype)), None)
+            if maths.exact:
+                found = self._found(maths, w, found)
+        return replace(maths, tensors={**maths.tensors, **found})
+
+    def _found(self, maths: Maths, w: Array, before: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        assert self.change.derive is not None
+        kept = self._kept.get(maths.exact)
+        # Of another W (several changes of one tensor) it would be something else.
+        if kept is None or not self.xp.torch.equal(kept[0], w):
+            kept = self._kept[maths.exact] = w, self.change.derive(maths, w, before)
+        return kept[1]
 
     def apply(self, w: Array, block: Block) -> Array:
         return self._run(w, block, exact=False)

@@ -1,0 +1,87 @@
+"""Methods that take the base's weights to know what their parameters mean: the merges are PEFT's, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+from bitexact import assert_merges_like_peft
+from peft import DeftConfig, GloraConfig, OSFConfig, PeanutConfig, PsoftConfig
+
+from adapterpack.methods import peanut
+
+_KUD = ["k_proj", "up_proj", "down_proj"]
+_BERT = ["query", "intermediate.dense"]
+
+
+def _with(cls: Any, **common: Any) -> Any:
+    return lambda **fields: lambda: cls(**{**common, **fields})
+
+
+_psoft = _with(PsoftConfig, r=6, psoft_alpha=9, target_modules=_KUD)
+PSOFT = (
+    cases.Case("psoft-llama", _psoft()),
+    cases.Case("psoft-bert", _psoft(target_modules=_BERT, ab_svd_init="pissa_init"), "bert"),
+    cases.Case("psoft-opt", _psoft(target_modules=["q_proj", "fc1", "project_in"], psoft_mag_a=False), "opt"),
+    cases.Case("psoft-free", _psoft(psoft_orth=False, psoft_mag_b=False)),
+    cases.Case("psoft-lowrank", _psoft(psoft_svd="lowrank", random_seed=11, psoft_svd_lowrank_niter=3)),
+    *(
+        cases.Case(f"psoft-neumann-{t}", _psoft(use_cayley_neumann=True, num_cayley_neumann_terms=t))
+        for t in (1, 2, 3, 5)
+    ),
+    cases.Case(
+        "psoft-neumann-eps",
+        _psoft(use_cayley_neumann=True, num_cayley_neumann_terms=6, cayley_neumann_eps=0.5, modules_to_save=["norm"]),
+    ),
+    cases.Case("psoft-rank-1", _psoft(r=1)),
+)
+_deft = _with(DeftConfig, r=5, target_modules=_KUD)
+DEFT = (
+    cases.Case("deft-relu", _deft()),
+    cases.Case("deft-qr", _deft(decomposition_method="qr", alpha=7)),
+    cases.Case("deft-para", _deft(decomposition_method="qr", para=True)),
+    cases.Case("deft-para-relu", _deft(para=True)),
+    cases.Case("deft-gpt2", _deft(target_modules=["c_attn", "c_proj"], alpha=3), "gpt2"),
+    cases.Case("deft-bert-bias", _deft(target_modules=_BERT, bias="deft_only"), "bert"),
+    cases.Case("deft-wide", _deft(r=500)),
+)
+_osf = _with(OSFConfig, effective_rank=20, target_modules=_KUD)
+OSF = (
+    cases.Case("osf-llama", _osf()),
+    cases.Case("osf-half", _osf(effective_rank=None, target_modules=_BERT), "bert"),
+    cases.Case("osf-patterns", _osf(effective_rank=0.75, rank_pattern={"k_proj": 5, r"layers\\.1": 0.9})),
+    cases.Case("osf-opt", _osf(target_modules=["project_in", "fc1", "fc2"], modules_to_save=["lm_head"]), "opt"),
+)
+_peanut = _with(PeanutConfig, r=6, target_modules=_KUD)
+PEANUT = (
+    cases.Case("peanut-llama", _peanut(scaling=0.7)),
+    cases.Case("peanut-deep", _peanut(depth=3, act_fn="gelu")),
+    cases.Case("peanut-bert", _peanut(depth=1, act_fn="tanh", target_modules=_BERT), "bert"),
+    *(
+        cases.Case(f"peanut-{act}", _peanut(depth=1, act_fn=act, target_modules=["k_proj"]))
+        for act in sorted(peanut._ACTIVATIONS)
+    ),
+)
+_FORMS = ("config_A_B", "config_C", "config_D_E")
+_glora = _with(GloraConfig, r=5, target_modules=_BERT)
+GLORA = (
+    cases.Case("glora-llama", _glora(target_modules=_KUD)),
+    cases.Case("glora-bert", _glora(), "bert"),
+    cases.Case("glora-bert-bias", _glora(bias="all"), "bert"),
+    cases.Case("glora-none", _glora(config_A_B="none", config_C="vector", config_D_E="none"), "bert"),
+    *(
+        cases.Case(
+            f"glora-{ab}-{c}-{de}", _glora(config_A_B=ab, config_C=c, config_D_E=de, target_modules=["fc1"]), "opt"
+        )
+        for ab, c, de in (("vector", "none", "vector"), ("constant", "vector", "constant"), ("lora", "none", "none"))
+    ),
+)
+CASES = (*PSOFT, *DEFT, *OSF, *PEANUT, *GLORA)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_merge_is_peft_bit_for_bit(case, dtype, workshop, files, tmp_path: Path) -> None:
+    assert_merges_like_peft(workshop, files, workshop.adapter(case, dtype), workshop.base_of(case, dtype), tmp_path)
