@@ -8,7 +8,7 @@ from typing import Any
 import cases
 import pytest
 from bitexact import assert_merges_like_peft
-from peft import DeftConfig, GloraConfig, OSFConfig, PeanutConfig, PsoftConfig
+from peft import AdamssConfig, DeftConfig, FrodConfig, GloraConfig, OSFConfig, PeanutConfig, PsoftConfig
 
 from adapterpack.methods import peanut
 
@@ -78,7 +78,44 @@ GLORA = (
         for ab, c, de in (("vector", "none", "vector"), ("constant", "vector", "constant"), ("lora", "none", "none"))
     ),
 )
-CASES = (*PSOFT, *DEFT, *OSF, *PEANUT, *GLORA)
+_frod = _with(FrodConfig, target_modules=_KUD, progressbar=False)
+FROD = tuple(
+    case
+    for save in (True, False)
+    for word in ("projection" if save else "seed",)
+    for case in (
+        cases.Case(f"frod-{word}-llama", _frod(save_projection=save)),
+        cases.Case(f"frod-{word}-gpt2", _frod(save_projection=save, target_modules=["c_attn", "c_proj"]), "gpt2"),
+        cases.Case(
+            f"frod-{word}-bert",
+            _frod(
+                save_projection=save,
+                target_modules=["key", "attention.output.dense", "output.dense", "pooler.dense"],
+                projection_prng_key=9,
+                sparse_rate=0.1,
+                bias="frod_only",
+            ),
+            "bert",
+        ),
+        # One layer, of fewer rows than columns: V lies transposed.
+        cases.Case(
+            f"frod-{word}-wide",
+            _frod(save_projection=save, target_modules=["k_proj", "down_proj"]),
+            over={"num_hidden_layers": 1},
+        ),
+        # Both halves of the model have layers of one number and kind.
+        cases.Case(f"frod-{word}-opt", _frod(save_projection=save, target_modules=["project_in", "fc2"]), "opt"),
+        cases.Case(f"frod-{word}-whisper", _frod(save_projection=save, target_modules=["q_proj", "fc1"]), "whisper"),
+    )
+)
+_adamss = _with(AdamssConfig, r=8, num_subspaces=3, subspace_rank=2, target_modules=_KUD)
+ADAMSS = (
+    cases.Case("adamss-llama", _adamss()),
+    cases.Case("adamss-bert", _adamss(target_modules=_BERT, random_seed=5), "bert"),
+    cases.Case("adamss-whole", _adamss(r=500, num_subspaces=4, use_dynamic_rank=True, target_modules=_BERT), "bert"),
+    cases.Case("adamss-asa", _adamss(use_asa=True, target_modules=["fc1"], modules_to_save=["lm_head"]), "opt"),
+)
+CASES = (*FROD, *ADAMSS, *PSOFT, *DEFT, *OSF, *PEANUT, *GLORA)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -7,6 +7,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import Unsupported
 from adapterpack.methods import (
     adalora,
+    adamss,
     beft,
     boft,
     bone,
@@ -14,6 +15,7 @@ from adapterpack.methods import (
     deft,
     delora,
     fourierft,
+    frod,
     glora,
     gralora,
     hira,
@@ -43,6 +45,7 @@ from adapterpack.methods import (
 
 _TABLE: tuple[Method, ...] = (
     adalora,
+    adamss,
     beft,
     boft,
     bone,
@@ -50,6 +53,7 @@ _TABLE: tuple[Method, ...] = (
     deft,
     delora,
     fourierft,
+    frod,
     glora,
     gralora,
     hira,
