@@ -14,7 +14,7 @@ from adapterpack.base import Base
 from adapterpack.errors import LossRefused, Unsupported
 from adapterpack.methods._changes import LoadedLowRank, LowRankChange, ReplaceChange, VectorChange
 from adapterpack.methods._convolution import ConvolutionChange
-from adapterpack.methods._formula import DenseChange
+from adapterpack.methods._formula import DenseChange, TransformChange
 from adapterpack.methods._parameters import ParameterChange
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
@@ -123,9 +123,11 @@ def make(
     modules: set[str] = set()
     for n, (method, adapter) in enumerate(adapters):
         weight = 1.0 if weights is None else weights[n]
+        before = {s.change.target for done in steps.values() for s in done}
         used: set[str] = set()
         for change in method.changes(adapter, Request(NumpyBackend(), shapes=base)):
             used |= change.uses
+            _refuse_stale(change, before)
             scaled = change if weight == 1.0 else _scaled(change, weight)
             for name, step in steps_of(scaled, base):
                 steps.setdefault(name, []).append(step)
@@ -158,6 +160,20 @@ def steps_of(change: Change, base: Base) -> Iterator[tuple[str, Step]]:
     height = as_matrix(tensor.shape)[0] // change.stack.experts
     for expert in range(change.stack.experts):
         yield name, Step(change.part(expert), kind, slice(expert * height, (expert + 1) * height))
+
+
+def _refuse_stale(change: Change, before: set[str]) -> None:
+    """Raise Unsupported for a change that is made of weights which an earlier adapter changes."""
+    reads = change.reads if isinstance(change, DenseChange | TransformChange) else frozenset[str]()
+    if isinstance(change, TransformChange) and change.derive is not None:
+        reads |= {change.target}
+    if isinstance(change, TransformChange) and change.derive is not None:
+        reads |= {change.target}
+    if stale := sorted(reads & before):
+        raise Unsupported(
+            f"the change of {change.target} is made of {stale[0]}, which an earlier adapter changes",
+            hint="merge the adapters one by one, each into the model that the one before gave",
+        )
 
 
 def _refuse_dtype(name: str, tensor: Tensor) -> None:

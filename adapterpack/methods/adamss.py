@@ -43,11 +43,14 @@ def parse(c: Checkpoint) -> Adapter:
 
 def changes(a: Adapter, request: Request) -> Iterator[Change]:
     yield from replacements(a)
+    settings = _settings(a.config)
     for module, params in a.modules.items():
         sizes = _Sizes.of(module, params)
         if request.shapes is None:
             # Whether the last column is the bias's only the base can tell.
-            yield TransformChange(module=module, params=params, shape=(sizes.out, 0), transform=_unknown)
+            yield TransformChange(
+                module=module, params=params, shape=(sizes.out, 0), transform=_unknown, settings=settings
+            )
             continue
         shape = linear_shape(a, module, request, out=sizes.out)
         biased = request.shapes.has(f"{module}.bias")
@@ -58,17 +61,23 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
                 hint="is it the base that was trained on?",
             )
         names = [f"{module}.weight", *([f"{module}.bias"] if biased else [])]
-        rows = _Rows(module, sizes, a.config, tuple(request.shapes.tensor(n) for n in names))
-        for part, own in zip(("weight", "bias"), names, strict=False):
+        rows = _Rows(module, sizes, settings, tuple(request.shapes.tensor(n) for n in names))
+        for part in ("weight", "bias")[: len(names)]:
             yield TransformChange(
                 module=module,
                 part=part,
                 params=params,
                 shape=shape if part == "weight" else shape[:1],
                 transform=partial(_changed, rows, part),
-                settings=rows.settings,
-                reads=frozenset(names) - {own},
+                settings=settings,
+                reads=frozenset(names),
             )
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, int]:
+    """What decides the clusters. Raises InvalidFile for what is no number."""
+    sizes = {"r": positive(config, "r", 100), "clusters": positive(config, "num_subspaces", 5)}
+    return {**sizes, "seed": seed(config, "random_seed")}
 
 
 @dataclass(frozen=True)
@@ -117,19 +126,10 @@ class _Rows:
 
     module: str
     sizes: _Sizes
-    config: Mapping[str, Any]
+    settings: Mapping[str, int]
     base: tuple[Tensor, ...]
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _found: Array | None = None
-
-    def __post_init__(self) -> None:
-        self._rank = positive(self.config, "r", 100)
-        self._clusters = positive(self.config, "num_subspaces", 5)
-        self._seed = seed(self.config, "random_seed")
-
-    @property
-    def settings(self) -> Mapping[str, float]:
-        return {"r": self._rank, "clusters": self._clusters, "seed": self._seed}
 
     def places(self, xp: Backend, projection: Tensor | Array) -> Array:
         """(out,): the row that each row of the stacked clusters belongs to.
@@ -146,19 +146,22 @@ class _Rows:
         torch = xp.torch
         weight, *bias = (xp.f32(t).cpu() for t in self.base)
         stacked = torch.cat([weight, bias[0][:, None]], dim=1) if bias else weight
-        rank = min(self._rank, *stacked.shape)
+        rank = min(self.settings["r"], *stacked.shape)
         if rank != self.sizes.rank:
             raise InvalidFile(f"{self.module}: r is {rank} by the config, {self.sizes.rank} by the tensors")
-        u, _, vh = lowrank_svd(torch, stacked, rank, 2, self._seed)
+        u, _, vh = lowrank_svd(torch, stacked, rank, 2, self.settings["seed"])
         outside = projection - (projection @ vh.T) @ vh
-        clusters = _kmeans(u.contiguous().numpy(), min(self._clusters, len(u)))
+        clusters = _kmeans(u.contiguous().numpy(), min(self.settings["clusters"], len(u)))
         sizes = tuple((clusters == i).sum() for i in range(len(self.sizes.rows)))
-        if sizes != self.sizes.rows or not float(outside.norm()) <= _ANOTHER_SPACE * float(projection.norm()):
+        hint = "is it the base that was trained on? PEFT, too, finds the clusters again when it loads it"
+        if sizes != self.sizes.rows:
             raise WrongBase(
                 f"the rows of {self.module}.weight fall into clusters of {_list(sizes)}, the adapter has"
                 f" {_list(self.sizes.rows)} rows",
-                hint="is it the base that was trained on? PEFT, too, finds the clusters again when it loads it",
+                hint=hint,
             )
+        if not float(outside.norm()) <= _ANOTHER_SPACE * float(projection.norm()):
+            raise WrongBase(f"{self.module}: adamss_newB are not the singular vectors of the base", hint=hint)
         found = torch.from_numpy(clusters)
         return torch.cat([torch.where(found == i)[0] for i in range(len(sizes))])
 

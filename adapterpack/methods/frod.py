@@ -138,10 +138,11 @@ def _changed(module: str, bases: _Bases | None, m: Maths, w: Array) -> Array:
     # In the dtype of the base from here on, operation by operation, as in PEFT.
     u = m.rounded(m.lift(m["U"]))
     values, diagonal = (m.rounded(m[name]) for name in ("lambda_s_values", "lambda_l"))
-    size = (diagonal.shape[0], diagonal.shape[0])
-    s = m.torch.sparse_coo_tensor(_places(m, module, bases), values, size).coalesce().to_dense()
+    diagonal = m.torch.diag_embed(diagonal)
+    rows, columns = _places(m, module, bases)
+    sparse = m.torch.zeros_like(diagonal).index_put_((rows, columns), values, accumulate=True)
     w = m.rounded(w)
-    delta = u @ (s + m.torch.diag_embed(diagonal)) @ _basis(m, module, bases).T - w
+    delta = u @ (sparse + diagonal) @ _basis(m, module, bases).T - w
     return w + delta
 
 
