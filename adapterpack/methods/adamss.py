@@ -209,7 +209,8 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    r, clusters = positive(a.config, "r", 100), positive(a.config, "num_subspaces", 5)
+    settings = _settings(a.config)
+    r, clusters = settings["r"], settings["clusters"]
     for module, params in a.modules.items():
         try:
             sizes = _Sizes.of(module, params)
