@@ -2,8 +2,8 @@
 
     W = U diag(L) V^T;   W' = U (S + diag(l)) V^T,   S sparse, at places that all modules of a kind share
 
-V comes from all weights of a kind (a category: `self_attn_k_proj`), U from V and the module's own weight. PEFT makes U
-of a V that it makes again, and loads the stored V over it; here U is that of the stored V, as in training. Encodings:
+V comes from all weights of a kind (a category: `self_attn_k_proj`), U from V and the module's own weight. PEFT makes
+U of a V that it makes again, and loads the stored V over it; here U is the stored V's, as in training. Encodings:
 `projection` holds V and the places; `seed` leaves both to the base and `projection_prng_key`.
 Reference: peft/tuners/frod/model.py (`_init_frod_projections`, `_projection_from_weights`, `_category_from_key`) and
 layer.py (`_calculate_frod_u_and_lambda`, `get_delta_weight`).
