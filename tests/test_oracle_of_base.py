@@ -59,18 +59,20 @@ PEANUT = (
     cases.Case("peanut-llama", _peanut(scaling=0.7)),
     cases.Case("peanut-deep", _peanut(depth=3, act_fn="gelu")),
     cases.Case("peanut-bert", _peanut(depth=1, act_fn="tanh", target_modules=_BERT), "bert"),
-    *(
-        cases.Case(f"peanut-{act}", _peanut(depth=1, act_fn=act, target_modules=["k_proj"]))
-        for act in sorted(peanut._ACTIVATIONS)
-    ),
+)
+ACTIVATIONS = tuple(
+    cases.Case(f"peanut-{act}", _peanut(depth=1, act_fn=act, target_modules=["k_proj"]))
+    for act in sorted(peanut._ACTIVATIONS)
 )
 _FORMS = ("config_A_B", "config_C", "config_D_E")
-_glora = _with(GloraConfig, r=5, target_modules=_BERT)
+_glora = _with(GloraConfig, r=5, target_modules=_KUD)
 GLORA = (
-    cases.Case("glora-llama", _glora(target_modules=_KUD)),
-    cases.Case("glora-bert", _glora(), "bert"),
-    cases.Case("glora-bert-bias", _glora(bias="all"), "bert"),
-    cases.Case("glora-none", _glora(config_A_B="none", config_C="vector", config_D_E="none"), "bert"),
+    cases.Case("glora-llama", _glora()),
+    cases.Case("glora-bert", _glora(target_modules=_BERT), "bert"),
+    cases.Case("glora-bert-bias", _glora(bias="all", target_modules=_BERT), "bert"),
+    cases.Case(
+        "glora-none", _glora(config_A_B="none", config_C="vector", config_D_E="none", target_modules=_BERT), "bert"
+    ),
     *(
         cases.Case(
             f"glora-{ab}-{c}-{de}", _glora(config_A_B=ab, config_C=c, config_D_E=de, target_modules=["fc1"]), "opt"
@@ -115,10 +117,39 @@ ADAMSS = (
     cases.Case("adamss-whole", _adamss(r=500, num_subspaces=4, use_dynamic_rank=True, target_modules=_BERT), "bert"),
     cases.Case("adamss-asa", _adamss(use_asa=True, target_modules=["fc1"], modules_to_save=["lm_head"]), "opt"),
 )
-CASES = (*FROD, *ADAMSS, *PSOFT, *DEFT, *OSF, *PEANUT, *GLORA)
+# The base's own weights are saved with the adapter of a head.
+_HEAD = ["lm_head", "q_proj"]
+HEADS = (
+    cases.Case("adamss-head", _adamss(target_modules=_HEAD)),
+    cases.Case("deft-head", _deft(target_modules=_HEAD)),
+    cases.Case("frod-head", _frod(target_modules=_HEAD)),
+    cases.Case("glora-head", _glora(target_modules=_HEAD)),
+    cases.Case("osf-head", _osf(target_modules=_HEAD)),
+    cases.Case("peanut-head", _peanut(target_modules=_HEAD)),
+    cases.Case("psoft-head", _psoft(target_modules=_HEAD)),
+)
+# Files in the dtype of the base.
+NARROW = tuple(
+    cases.Case(f"{name}-narrow", make(), autocast=False)
+    for name, make in (
+        ("adamss", _adamss),
+        ("deft", _deft),
+        ("frod", _frod),
+        ("glora", _glora),
+        ("osf", _osf),
+        ("peanut", _peanut),
+        ("psoft", _psoft),
+    )
+)
+CASES = (*HEADS, *NARROW, *FROD, *ADAMSS, *PSOFT, *DEFT, *OSF, *PEANUT, *GLORA)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_merge_is_peft_bit_for_bit(case, dtype, workshop, files, tmp_path: Path) -> None:
     assert_merges_like_peft(workshop, files, workshop.adapter(case, dtype), workshop.base_of(case, dtype), tmp_path)
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+def test_activations_are_transformers_bit_for_bit(case, workshop, files, tmp_path: Path) -> None:
+    assert_merges_like_peft(workshop, files, workshop.adapter(case), workshop.base_of(case), tmp_path)
