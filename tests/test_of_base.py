@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
 
 import cases
+import oracle
 import pytest
 import torch
 from peft import AdamssConfig, DeftConfig, FrodConfig, GloraConfig, OSFConfig, PeanutConfig, PsoftConfig
 
 import adapterpack
+from adapterpack import containers, methods
+from adapterpack.adapter import Block, Kind, Request
+from adapterpack.backend import TorchBackend
+from adapterpack.base import Base
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 
 _QU = ["q_proj", "up_proj"]
@@ -68,6 +74,34 @@ def test_verify_holds_a_merged_model_to_the_adapter(name, made, files, tmp_path:
     other = files.edited(adapter, tmp_path / "other", {key: files.tensors(adapter)[key] * 1.01})
     found = adapterpack.verify(other, tmp_path / "merged", base=base)
     assert {f.code for f in found.findings} == {"wrong-merge"}
+
+
+@pytest.mark.parametrize("name", ["frod-seed", "psoft", "osf", "adamss"])
+def test_what_is_found_in_the_base_does_not_depend_on_the_threads(name, tmp_path: Path) -> None:
+    """It takes matrices of some size for a library to share them among threads."""
+    over = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1, "num_attention_heads": 8}
+    case = dataclasses.replace(BY_NAME[name], name=f"{name}-large", kind="llama", over={**over, "vocab_size": 8})
+    where, on = tmp_path / "adapter", tmp_path / "base"
+    config = case.config()
+    config.target_modules = {"k_proj", "up_proj"}
+    oracle.make_adapter(where, config, base_dir=on, scale=0.1, **case.over)
+    seen = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            with Base(on) as base, containers.open_checkpoint(where) as c:
+                method, adapter = methods.parse(c)
+                xp = TorchBackend("cpu")
+                change = next(iter(method.changes(adapter, Request(xp, base))))
+                w = xp.native(base.tensor(change.target))
+                block = Block(Kind.LINEAR, slice(0, len(w)), True, base.tensor(change.target).dtype)
+                loaded = change.load(xp)
+                seen.append((loaded.apply(w, block), loaded.exact(w.double(), block)))
+        finally:
+            torch.set_num_threads(1)
+    change = seen[0][1] - w.double()
+    for one, two in zip(*seen, strict=True):
+        assert float((one - two).double().norm()) < 1e-6 * float(change.norm())
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,9 @@ class _LoadedTransform:
         kept = self._kept.get(maths.exact)
         # Of another W (several changes of one tensor) it would be something else.
         if kept is None or not self.xp.torch.equal(kept[0], w):
-            kept = self._kept[maths.exact] = w, self.change.derive(maths, w, before)
+            # Merge, verify and convert must find the same: signs and last bits depend on the number of threads.
+            with self.xp.one_thread():
+                kept = self._kept[maths.exact] = w, self.change.derive(maths, w, before)
         return kept[1]
 
     def apply(self, w: Array, block: Block) -> Array:

@@ -139,7 +139,8 @@ class _Rows:
         """
         with self._lock:
             if self._found is None:
-                self._found = self._find(xp, xp.f32(projection).cpu()).to(xp.device)
+                with xp.one_thread():
+                    self._found = self._find(xp, xp.f32(projection).cpu()).to(xp.device)
             return self._found
 
     def _find(self, xp: Backend, projection: Array) -> Array:
