@@ -399,7 +399,8 @@ def test_inspect_tells_rank_and_method(made) -> None:
         "peanut": ("peanut", {4}),
         "psoft": ("psoft", {4}),
     }
-    assert ranks["frod-seed"].encoding == "seed"
+    assert (ranks["frod"].encoding, ranks["frod-seed"].encoding) == ("basis", "seed")
+    assert not any(i.savings for i in ranks.values())
     assert json.loads((made("frod-seed")[0] / "adapter_config.json").read_text())["save_projection"] is False
 
 

@@ -4,7 +4,7 @@
 
 V comes from all weights of a kind (a category: `self_attn_k_proj`), U from V and the module's own weight. PEFT makes
 U of a V that it makes again, and loads the stored V over it; here U is the stored V's, as in training. Encodings:
-`projection` holds V and the places; `seed` leaves both to the base and `projection_prng_key`.
+`basis` holds V and the places; `seed` leaves both to the base and `projection_prng_key`.
 Reference: peft/tuners/frod/model.py (`_init_frod_projections`, `_projection_from_weights`, `_category_from_key`) and
 layer.py (`_calculate_frod_u_and_lambda`, `get_delta_weight`).
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 peft_type = "FROD"
 keep_dtype: frozenset[str] = frozenset()
-PROJECTION, SEED = "projection", "seed"
+BASIS, SEED = "basis", "seed"
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 keys = KeyTable(
     "frod_",
@@ -45,7 +45,7 @@ _MOST_INPUTS = 1 << 14
 
 
 def parse(c: Checkpoint) -> Adapter:
-    a = keys.parse(c, "frod", PROJECTION)
+    a = keys.parse(c, "frod", BASIS)
     return a if a.shared else replace(a, encoding=SEED)
 
 
@@ -291,7 +291,7 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     said = flag(a.config, "save_projection", True)
-    if said != (a.encoding == PROJECTION):
+    if said != (a.encoding == BASIS):
         there = "are not there: PEFT refuses to load it" if said else "are there: PEFT ignores them"
         yield Finding(
             "wrong-projection-flag",
@@ -311,7 +311,7 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     for module, params in a.modules.items():
         try:
             into, places = _sizes(module, params)
-            if a.encoding == PROJECTION:
+            if a.encoding == BASIS:
                 used |= {p.key for p in _shared(a, module, into, places).values()}
         except InvalidFile as e:
             yield Finding("half-pair", module, e.message, e.hint or "train or save the adapter again")
@@ -320,4 +320,4 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
             yield Finding("unused-projection", p.key, "no module of the file is of this kind", warning=True)
 
 
-edges: Mapping[str, tuple[Edge, ...]] = {PROJECTION: (), SEED: ()}
+edges: Mapping[str, tuple[Edge, ...]] = {BASIS: (), SEED: ()}

@@ -46,7 +46,7 @@ def expected(tensors: Tensors, config: dict[str, Any], base: Tensors, ctx: Conte
     modules = sorted(k.removesuffix(tail).removeprefix(PFX) for k in tensors if k.endswith(tail))
     kinds = sorted({kind(m) for m in modules})
     stored = config["save_projection"]
-    ctx.facts["encoding"] = "projection" if stored else "seed"
+    ctx.facts["encoding"] = "basis" if stored else "seed"
     bases = {}
     generator = torch.Generator().manual_seed(config["projection_prng_key"])
     for k in kinds:
@@ -77,10 +77,10 @@ def frod(**kw: Any) -> Callable[[], Any]:
 
 TWO = {"num_hidden_layers": 2}
 CASES = [
-    Case("projection-llama", frod(), "two layers of each kind", over=TWO, scale=0.3, bound=1e-4),
-    Case("projection-gpt2", frod(target_modules=GPT2_TM), "Conv1D", kind="gpt2", scale=0.3, bound=1e-4),
+    Case("basis-llama", frod(), "two layers of each kind", over=TWO, scale=0.3, bound=1e-4),
+    Case("basis-gpt2", frod(target_modules=GPT2_TM), "Conv1D", kind="gpt2", scale=0.3, bound=1e-4),
     Case(
-        "projection-bf16-base",
+        "basis-bf16-base",
         frod(),
         "a bfloat16 base, in which V is stored",
         dtype="bfloat16",
