@@ -1,4 +1,4 @@
-"""FRoD (arXiv 10.1609/aaai.v40i31.39813): weights of one kind share a basis V; each keeps directions U of its own.
+"""FRoD (doi 10.1609/aaai.v40i31.39813): weights of one kind share a basis V; each keeps directions U of its own.
 
     W = U diag(L) V^T;   W' = U (S + diag(l)) V^T,   S sparse, at places that all modules of a kind share
 
