@@ -336,6 +336,17 @@ def test_shapes_that_do_not_fit_are_refused_and_found(name, ending, shape, made,
     assert not adapterpack.check(gone).healthy
 
 
+@pytest.mark.parametrize("name", BY_NAME)
+def test_whole_numbers_are_no_parameters(name, made, files, tmp_path: Path) -> None:
+    adapter, base = made(name)
+    for n, (key, tensor) in enumerate(files.tensors(adapter).items()):
+        if tensor.is_floating_point() and ("layers.0" in key or "frod_V" in key):
+            bad = files.edited(adapter, tmp_path / str(n), {key: torch.ones(tensor.shape, dtype=torch.int64)})
+            with pytest.raises(InvalidFile, match="is I64"):
+                adapterpack.merge(bad, base, tmp_path / "merged")
+            assert not adapterpack.check(bad).healthy
+
+
 def test_frod_takes_its_directions_from_the_stored_basis(made, files, tmp_path: Path) -> None:
     """The same adapter with other signs of V: another library's. PEFT would take the U of its own V."""
     adapter, base = made("frod")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapterpack.adapter import Adapter, Request
+from adapterpack.adapter import Adapter, Finding, Param, Request
 from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods._changes import logical_shape
+from adapterpack.methods._lora_modules import rank_findings
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
@@ -79,6 +80,27 @@ def seed(config: Mapping[str, Any], field: str, default: int = 0) -> int:
     if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
         raise InvalidFile(f"{field} in adapter_config.json is {value!r:.60}; a whole number of 64 bits is wanted")
     return value
+
+
+def pair_findings(
+    a: Adapter, rank_of: Callable[[str, Mapping[str, Param]], int | None], default: int
+) -> Iterator[Finding]:
+    """Modules whose tensors do not fit, and ranks that the config does not say.
+
+    Args:
+        rank_of: Of a module and its parameters the rank, None if it has none; it raises InvalidFile for misfits.
+        default: Of PEFT, where the config has no `r`.
+    """
+    found = {}
+    for module, params in a.modules.items():
+        try:
+            rank = rank_of(module, params)
+        except InvalidFile as e:
+            yield Finding("half-pair", module, e.message, e.hint or "train or save the adapter again")
+            continue
+        if rank is not None:
+            found[module] = rank
+    yield from rank_findings(a.config, found, default, pattern=False)
 
 
 def lowrank_svd(torch: Any, w: Array, rank: int, niter: int, seed: int) -> Triple:

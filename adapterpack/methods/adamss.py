@@ -21,7 +21,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, positive, require
+from adapterpack.methods._keys import KeyTable, floats, positive
 from adapterpack.methods._of_base import linear_shape, lowrank_svd, seed
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Tensor
@@ -102,7 +102,7 @@ class _Sizes:
     def of(cls, module: str, params: Mapping[str, Param]) -> _Sizes:
         count = max(1, sum(n.startswith("A.") for n in params))
         names = tuple(f"{side}.{i}" for i in range(count) for side in "AB")
-        (projection,), pairs = require(module, params, ("newB",)), require(module, params, names)
+        (projection,), pairs = floats(module, params, ("newB",)), floats(module, params, names)
         more = sorted(params.keys() - {"newB", *names})
         if more:
             raise InvalidFile(f"{module} has {params[more[0]].key} without the others of its kind")

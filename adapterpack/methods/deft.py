@@ -19,8 +19,8 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, positive, require
-from adapterpack.methods._of_base import choice, linear_shape, number, signs
+from adapterpack.methods._keys import KeyTable, flag, floats, positive
+from adapterpack.methods._of_base import choice, linear_shape, number, pair_findings, signs
 from adapterpack.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 def _sizes(module: str, params: Mapping[str, Param], s: _Settings) -> tuple[int, int, int]:
     """out, r and in; in is 0 where nothing says it (PaRa)."""
     names = ("P",) if s.para else ("P", "R")
-    p, *r = (t.shape for t in require(module, params, names))
+    p, *r = (t.shape for t in floats(module, params, names))
     if "R" in params and s.para:
         raise InvalidFile(
             f"{params['R'].key} is there, and para is true: PEFT would ignore it",
@@ -119,19 +119,13 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     s, r = _Settings.of(a.config), positive(a.config, "r", 8)
-    for module, params in a.modules.items():
-        try:
-            out, rank, _ = _sizes(module, params, s)
-        except InvalidFile as e:
-            yield Finding("half-pair", module, e.message, e.hint or "train or save the adapter again")
-            continue
-        if rank != min(r, out):
-            yield Finding(
-                "rank-mismatch",
-                module,
-                f"the config says rank {min(r, out)}, the tensors have {rank}: PEFT refuses to load it",
-                f"set r to {rank}",
-            )
+
+    def rank(module: str, params: Mapping[str, Param]) -> int:
+        out, found, _ = _sizes(module, params, s)
+        # PEFT cuts the rank to the outputs.
+        return r if found == min(r, out) else found
+
+    yield from pair_findings(a, rank, 8)
 
 
 edges: Mapping[str, tuple[Edge, ...]] = {"deft": ()}

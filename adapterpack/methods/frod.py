@@ -23,7 +23,7 @@ from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.methods import _model_order
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, require
+from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.methods._of_base import linear_shape, seed
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Tensor
@@ -80,7 +80,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def _sizes(module: str, params: Mapping[str, Param]) -> tuple[int, int]:
     """Input features, and places of S."""
-    lambda_l, values = (t.shape for t in require(module, params, ("lambda_l", "lambda_s_values")))
+    lambda_l, values = (t.shape for t in floats(module, params, ("lambda_l", "lambda_s_values")))
     if len(lambda_l) != 1 or len(values) != 1 or values[0] > lambda_l[0] * (lambda_l[0] - 1):
         raise InvalidFile(f"{module}: lambda_l {lambda_l} and lambda_s_values {values} are no parameters of FRoD")
     return lambda_l[0], values[0]
@@ -93,6 +93,7 @@ def _shared(a: Adapter, module: str, into: int, places: int) -> Mapping[str, Par
     if missing:
         raise InvalidFile(f"{module} takes {', '.join(missing)}, which the file lacks", hint="save the adapter again")
     v, indices, size = (a.shared[f"{n}.{kind}"] for n in _SHARED)
+    floats(module, {"V": v}, ("V",))
     if v.tensor.shape != (into, into):
         raise InvalidFile(f"{v.key} has shape {v.tensor.shape}, {module} has {into} input features")
     for p, wanted in ((indices, (2, places)), (size, (2,))):

@@ -18,8 +18,8 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, positive
-from adapterpack.methods._of_base import choice, linear_shape
+from adapterpack.methods._keys import KeyTable, floats
+from adapterpack.methods._of_base import choice, linear_shape, pair_findings
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
 
@@ -92,6 +92,7 @@ class _Layer:
                 form = "none"
             wanted = {f"{path}.{n}" for n in _OF_FORM[form]}
             found = {n for n in params if n[0] == path}
+            floats(module, params, tuple(found))
             if wanted != found:
                 has = ", ".join(sorted(found)) or "nothing"
                 raise InvalidFile(
@@ -175,21 +176,12 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    r = positive(a.config, "r", 8)
-    for module, params in a.modules.items():
-        try:
-            layer = _Layer(a, module, params)
-            layer.check((layer.out, layer.into), layer.biased)
-        except InvalidFile as e:
-            yield Finding("half-pair", module, e.message, e.hint or "train or save the adapter again")
-            continue
-        if layer.rank not in (None, r):
-            yield Finding(
-                "rank-mismatch",
-                module,
-                f"the config says rank {r}, the tensors have {layer.rank}: PEFT refuses to load it",
-                f"set r to {layer.rank}",
-            )
+    def rank(module: str, params: Mapping[str, Param]) -> int | None:
+        layer = _Layer(a, module, params)
+        layer.check((layer.out, layer.into), layer.biased)
+        return layer.rank
+
+    yield from pair_findings(a, rank, 8)
 
 
 edges: Mapping[str, tuple[Edge, ...]] = {"glora": ()}

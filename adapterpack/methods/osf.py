@@ -19,7 +19,7 @@ from adapterpack.errors import InvalidFile
 from adapterpack.io.patterns import Budget, Pattern
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, require
+from adapterpack.methods._keys import KeyTable, floats
 from adapterpack.methods._of_base import linear_shape
 from adapterpack.recipes import Recipe
 
@@ -51,7 +51,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def _sizes(module: str, params: Mapping[str, Param]) -> tuple[int, int, int]:
     """out, k and in."""
-    u, s, v = (t.shape for t in require(module, params, _NAMES))
+    u, s, v = (t.shape for t in floats(module, params, _NAMES))
     if len(u) != 2 or len(s) != 1 or len(v) != 2 or u[1] != s[0] or v[0] != s[0] or s[0] >= min(u[0], v[1]):
         raise InvalidFile(f"{module}: U_low {u}, S_low {s} and V_low {v} are no lesser part of an SVD")
     return u[0], s[0], v[1]

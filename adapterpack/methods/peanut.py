@@ -19,8 +19,8 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, positive, require
-from adapterpack.methods._of_base import linear_shape, number
+from adapterpack.methods._keys import KeyTable, floats
+from adapterpack.methods._of_base import linear_shape, number, pair_findings
 from adapterpack.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def _sizes(module: str, params: Mapping[str, Param], s: _Settings) -> tuple[int, int]:
     """out and r."""
-    first, last, *inner = (t.shape for t in require(module, params, s.names))
+    first, last, *inner = (t.shape for t in floats(module, params, s.names))
     more = sorted(params.keys() - set(s.names))
     if more:
         raise InvalidFile(
@@ -154,20 +154,8 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    s, r = _Settings.of(a.config), positive(a.config, "r", 32)
-    for module, params in a.modules.items():
-        try:
-            _, rank = _sizes(module, params, s)
-        except InvalidFile as e:
-            yield Finding("half-pair", module, e.message, e.hint or "train or save the adapter again")
-            continue
-        if rank != r:
-            yield Finding(
-                "rank-mismatch",
-                module,
-                f"the config says rank {r}, the tensors have {rank}: PEFT refuses to load it",
-                f"set r to {rank}",
-            )
+    s = _Settings.of(a.config)
+    yield from pair_findings(a, lambda module, params: _sizes(module, params, s)[1], 32)
 
 
 edges: Mapping[str, tuple[Edge, ...]] = {"peanut": ()}

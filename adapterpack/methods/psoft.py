@@ -21,7 +21,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import AdapterpackError, InvalidFile, WrongBase
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
-from adapterpack.methods._keys import KeyTable, flag, positive, require
+from adapterpack.methods._keys import KeyTable, flag, floats, positive
 from adapterpack.methods._of_base import choice, linear_shape, lowrank_svd, number, seed, signs
 from adapterpack.recipes import Recipe
 
@@ -123,7 +123,7 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def _check(module: str, params: Mapping[str, Param], s: _Settings) -> None:
     """Raise InvalidFile unless the module has the tensors that the config speaks of, and no others."""
-    require(module, params, tuple(s.shapes))
+    floats(module, params, tuple(s.shapes))
     for name, p in params.items():
         if name not in s.shapes:
             raise InvalidFile(
