@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {**_BY_TYPE, **{m.name.upper(): m for m in _VARIANT
 """Name of a method in upper case, which is its `peft_type` but for variants, to the method."""
 
 _PROMPT = "trained vectors stand before the input, and no weight of the base changes"
-_UNMERGED = {
+UNMERGED: dict[str, str] = {
     "ADAPTION_PROMPT": f"LLaMA-Adapter: {_PROMPT}: gated attention reads them",
     "CARTRIDGE": f"a cartridge: {_PROMPT}: they are keys and values of the attention",
     "CPT": f"context-aware prompt tuning: {_PROMPT}",
@@ -112,9 +112,9 @@ def method_of(c: Checkpoint) -> Method:
     found = _BY_TYPE.get(c.peft_type)
     if found is not None:
         return found
-    if c.peft_type in _UNMERGED:
+    if c.peft_type in UNMERGED:
         raise NoMergedWeight(
-            f"{c.name} is {c.peft_type}, {_UNMERGED[c.peft_type]}: there is nothing to convert or merge",
+            f"{c.name} is {c.peft_type}, {UNMERGED[c.peft_type]}: there is nothing to convert or merge",
             hint="keep it beside its base; inspect, check, compress and push work on every method",
         )
     raise Unsupported(
