@@ -22,6 +22,7 @@ from adapterpack.methods import (
     loha,
     lokr,
     lora,
+    loraxs,
     miss,
     monteclora,
     oft,
@@ -73,6 +74,7 @@ _TABLE: tuple[Method, ...] = (
 )
 _VARIANTS: tuple[Variant, ...] = (
     bdlora,
+    loraxs,
     monteclora,
     qalora,
     velora,
