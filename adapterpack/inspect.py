@@ -146,7 +146,9 @@ def _open(source: str | Path, subfolder: str | None, allow_pickle: bool) -> Chec
         return remote
     # A pack's manifest tells what it holds, whatever that is.
     opaque = apack.is_pack(Path(source).expanduser())
-    return containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque)
+    return containers.open_checkpoint(
+        source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque, foreign=True
+    )
 
 
 def _against(a: Adapter, place: Path | Folder) -> str:
@@ -204,6 +206,8 @@ def _known(c: Checkpoint, method: Method, a: Adapter, notes: list[str]) -> Inspe
     except InvalidFile as e:
         ranks = {}
         notes.append(e.message)
+    if c.foreign is not None:
+        notes.append(f"other code than PEFT wrote it: convert it first; it holds {c.foreign}")
     if a.extra:
         notes.append(f"{len(a.extra)} tensors are unknown: kept, never applied: {', '.join(sorted(a.extra)[:5])}")
     return Inspection(
