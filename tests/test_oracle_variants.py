@@ -423,3 +423,20 @@ def test_kernels_of_one(dtype, dora, files, tmp_path: Path) -> None:
 
 
 _SMALL = ("flat", "square", "deep")
+
+
+def test_adapters_that_are_tied_are_added_once_to_what_stays_one_tensor(workshop, files, tmp_path: Path) -> None:
+    """`ensure_weight_tying`: the file has one change under two names. PEFT's merge adds it twice to the tensor; the
+    model was trained with it once on either side, and so it is merged."""
+    base = workshop.base("llama", tie=True)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    oracle.make_adapter(tmp_path / "a", config, base=oracle.load_base(base), scale=0.2)
+    assert {k.rpartition(".lora_")[0].rpartition("model.")[2] for k in files.tensors(tmp_path / "a")} >= {"lm_head"}
+    model, load = oracle.peft_load(base, tmp_path / "a")
+    assert load.clean
+    adapterpack.merge(tmp_path / "a", base, tmp_path / "m", verify="full")
+    assert "lm_head.weight" not in files.tensors(tmp_path / "m"), "one tensor, as in the base"
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        trained, merged = model(tokens).logits, oracle.load_base(tmp_path / "m")(tokens).logits
+    assert torch.linalg.norm(merged - trained) < 1e-5 * torch.linalg.norm(trained)
