@@ -128,7 +128,7 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     def rank(m: Module) -> int:
         return _latent(m).rank
 
-    yield from lora.rank_findings(a, rank)
+    yield from lora.pair_findings(a, rank)
     yield Finding(
         "misread-by-peft",
         a.source.name,
