@@ -18,7 +18,7 @@ OLD, NEW = "_lora_latent_mapping.weight", ".default_lora_latent_mapping.weight"
 
 
 def expected(tensors: Tensors, config: dict[str, Any], base: Tensors, ctx: Context) -> None:
-    ctx.facts["encoding"] = "loraxs"
+    ctx.facts |= {"encoding": "loraxs", "findings": ["misread-by-peft"]}
     for key in sorted(k for k in tensors if k.endswith(".lora_A.weight")):
         p = key.removesuffix(".lora_A.weight")
         module = p.removeprefix(PFX)
