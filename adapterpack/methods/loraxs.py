@@ -88,6 +88,11 @@ class _Latent:
 
 def _latent(m: Module) -> _Latent:
     """Raises InvalidFile where the tensors do not fit each other."""
+    if m.params.keys() == {"latent"}:
+        raise InvalidFile(
+            f"{m.name} has R alone: its A and B are not stored, and a randomised SVD of the base gives others elsewhere",
+            hint="save the adapter again where it was trained, with A and B",
+        )
     a, b, r = require(m.name, m.params, ("lora_A", "lora_B", "latent"))
     rank = a.shape[0] if len(a.shape) == len(b.shape) == 2 else 0
     if not rank or b.shape[1] != rank or r.shape != (rank, rank):

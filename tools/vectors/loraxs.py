@@ -78,6 +78,7 @@ def invalid(cases: Cases) -> None:
         files = adapter({**pair, r_key: ramp(*shape)})
         cases.both(f"r-{case}", files, "half-pair", "are not (r, in), (out, r) and (r, r)", **to_lora)
     cases.both("no-a", adapter({b_key: ramp(8, 2), r_key: ramp(2, 2)}), "half-pair", "lacks lora_A", **to_lora)
+    cases.both("r-alone", adapter({r_key: ramp(2, 2)}), "half-pair", "has R alone", **to_lora)
     twice = adapter({**pair, r_key: ramp(2, 2), f"{PFX}{Q}{OLD}": ramp(2, 2)})
     cases.add("two-names", twice, "convert", error="invalid", message="under two names", **to_lora)
     dora = adapter({**pair, r_key: ramp(2, 2)}, use_dora=True)
