@@ -440,3 +440,20 @@ def test_adapters_that_are_tied_are_added_once_to_what_stays_one_tensor(workshop
     with torch.no_grad():
         trained, merged = model(tokens).logits, oracle.load_base(tmp_path / "m")(tokens).logits
     assert torch.linalg.norm(merged - trained) < 1e-5 * torch.linalg.norm(trained)
+
+
+@pytest.mark.parametrize("case", [BDLORA[0], VELORA[0], MONTECLORA[0]], ids=str)
+def test_verify_finds_a_moved_factor_and_training_state_changes_nothing(
+    case, workshop, files, tmp_path: Path
+) -> None:
+    adapter, base = workshop.adapter(case), workshop.base_of(case)
+    adapterpack.merge(adapter, base, tmp_path / "m")
+    assert adapterpack.verify(adapter, tmp_path / "m", base=base).equal
+    for key in files.tensors(adapter):
+        if "layers.1" in key or "k_proj" not in key:
+            continue
+        moved = files.tensors(adapter)[key] + 0.25
+        odd = files.edited(adapter, tmp_path / key, {key: moved})
+        trained = "lora_A." in key or "lora_B." in key
+        assert adapterpack.verify(adapter, odd).equal is not trained, key
+        assert adapterpack.verify(odd, tmp_path / "m", base=base).equal is not trained, key

@@ -90,7 +90,7 @@ def _latent(m: Module) -> _Latent:
     """Raises InvalidFile where the tensors do not fit each other."""
     if m.params.keys() == {"latent"}:
         raise InvalidFile(
-            f"{m.name} has R alone: its A and B are not stored, and a randomised SVD of the base gives others elsewhere",
+            f"{m.name} has R alone: A and B are not stored, and a randomised SVD of the base gives others elsewhere",
             hint="save the adapter again where it was trained, with A and B",
         )
     a, b, r = require(m.name, m.params, ("lora_A", "lora_B", "latent"))
