@@ -12,7 +12,7 @@ from adapterpack.adapter import Adapter, Finding, Method, Progress, Request
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.engine_rules import Facts
-from adapterpack.errors import AdapterpackError, InvalidFile, Unsupported, WrongBase
+from adapterpack.errors import AdapterpackError, InvalidFile, NoMergedWeight, Unsupported, WrongBase
 from adapterpack.tensor import Tensor, chunks, numpy_dtype
 
 _ZERO_MEANS_UNTRAINED = {"lora_B": "B", "lora_embedding_A": "A", "lambda_b": "lambda_b"}
@@ -192,5 +192,7 @@ def _base_findings(method: Method, a: Adapter, model: Base) -> Iterator[Finding]
                 change.place(model.shape(change.target), model.conv1d(change.module))
             except WrongBase as e:
                 yield Finding("shape-not-in-base", change.target, e.message, fix)
+    except NoMergedWeight as e:
+        yield Finding("no-merged-weight", a.source.name, e.message, e.hint, warning=True)
     except (InvalidFile, Unsupported, WrongBase) as e:
         yield Finding("malformed", a.source.name, e.message, e.hint)

@@ -35,6 +35,7 @@ class Checkpoint:
         lost: Names of what lies in folders and not even packs carry: other adapters, links to folders, empty ones.
         bytes: Sum of all files of the directory, folders not counted.
         pack: The pack that it lies in; None: a directory.
+        foreign: Where other code than PEFT wrote it, to be converted: what of its files is no part of the adapter.
         at_hand: Are the values here? Else it lies on the Hub, and the first value that is read fetches all of them.
     """
 
@@ -51,6 +52,7 @@ class Checkpoint:
     lost: tuple[str, ...] = ()
     bytes: int = 0
     pack: Pack | None = field(default=None, repr=False)
+    foreign: str | None = None
     at_hand: bool = True
     on_close: tuple[Callable[[], None], ...] = field(default=(), repr=False)
     still_same: Callable[[], None] = field(default=lambda: None, repr=False)

@@ -33,6 +33,7 @@ from adapterpack.adapter import (
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
+from adapterpack.containers import open_checkpoint
 from adapterpack.conversion import Conversion, FactoredModule, inputs
 from adapterpack.errors import Unsupported, UsageError
 from adapterpack.measuring import Measured, measure, publish, refuse_loss
@@ -98,7 +99,7 @@ def convert(
     containers.check_target(target, overwrite=overwrite, sources=protected)
     with ExitStack() as stack:
         here = sources.base(base)
-        opened = containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
+        opened = open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, base=here, foreign=True)
         checkpoint = stack.enter_context(opened)
         if init is not None or (to == "lora" and not (engine or layout) and moved_base(checkpoint.config)):
             outcome, measured = _without_start(checkpoint, init, base, dtype, device, stack)

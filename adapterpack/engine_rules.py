@@ -40,7 +40,7 @@ class Facts:
         """Look at an adapter. Raises InvalidFile for half pairs and senseless alphas."""
         own = tuple(modules(a)) if a.method == "lora" else ()
         scaling = Scaling(a.config) if own else None
-        return cls(a, base, own, {m.name: scaling(m.name, m.rank) for m in own} if scaling else {})
+        return cls(a, base, own, {m.name: scaling(m.known_as, m.rank) for m in own} if scaling else {})
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -80,7 +80,9 @@ Found = Iterable[tuple[str, str]]
 def not_lora(f: Facts) -> Found:
     """Another method."""
     if f.adapter.method != "lora":
-        yield "peft_type", f"it is {f.config.get('peft_type')}; the engine reads LORA alone"
+        # Variants of LoRA say LORA too.
+        said = f.config.get("peft_type")
+        yield "peft_type", f"it is {f.adapter.method if said == 'LORA' else said}; the engine reads plain LORA alone"
 
 
 def dora(f: Facts) -> Found:

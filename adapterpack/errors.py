@@ -5,6 +5,7 @@ AdapterpackError              exit 1   cannot be done
 ├── InvalidFile               exit 1   malformed, truncated or hostile input
 │   └── ChangedWhileReading   exit 1   somebody else writes the file that we read
 ├── Unsupported               exit 1   well-formed, but nothing that this version can treat right
+│   ├── NoMergedWeight        exit 1   no single weight does what it does, or PEFT has none
 │   └── PickleRefused         exit 1   code may hide in it
 ├── MissingReference          exit 1   a pack's parent or base is not at hand
 ├── DestinationExists         exit 1   DST is there and --overwrite was not given
@@ -51,6 +52,10 @@ class ChangedWhileReading(InvalidFile):
 
 class Unsupported(AdapterpackError):
     code = "unsupported"
+
+
+class NoMergedWeight(Unsupported):
+    code = "no-merged-weight"
 
 
 class PickleRefused(Unsupported):

@@ -1,4 +1,4 @@
-"""What an adapter is, from its headers and config alone: no tensor is read, and torch is not imported."""
+"""What an adapter is, from its headers and config; of values a few are looked at, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.io.files import Folder
 from adapterpack.tensor import Tensor
 
+_GLANCE = 1024
+"""Bytes that are looked at, at three places of a tensor, to see how many of its values are zero."""
+_SPARSE = 0.5
 _TRAINING_STATE = ("optimizer.", "scheduler.", "rng_state", "scaler.", "trainer_state.json", "training_args.bin")
 
 
@@ -69,6 +72,8 @@ class Inspection:
         parts: Part (`lora_A`, `vector bank`, `modules_to_save` ...) to bytes.
         training_state: Files of the trainer that lie beside it.
         savings: What could go, and how.
+        density: Which part of the values of its low-rank factors is not zero, about, from a look at a few of each;
+            factors of zeros alone, which are untrained, do not count. None: not looked at, for it is no directory.
         unsupported: Why it cannot be converted or merged; None if it can.
         notes: What is odd.
         pack: Of a pack, what it is; None for directories.
@@ -89,6 +94,7 @@ class Inspection:
     unsupported: str | None
     notes: tuple[str, ...]
     pack: PackFacts | None = None
+    density: float | None = None
 
 
 def inspect(
@@ -146,7 +152,9 @@ def _open(source: str | Path, subfolder: str | None, allow_pickle: bool) -> Chec
         return remote
     # A pack's manifest tells what it holds, whatever that is.
     opaque = apack.is_pack(Path(source).expanduser())
-    return containers.open_checkpoint(source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque)
+    return containers.open_checkpoint(
+        source, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque, foreign=True
+    )
 
 
 def _against(a: Adapter, place: Path | Folder) -> str:
@@ -204,6 +212,14 @@ def _known(c: Checkpoint, method: Method, a: Adapter, notes: list[str]) -> Inspe
     except InvalidFile as e:
         ranks = {}
         notes.append(e.message)
+    density = _density(a) if c.at_hand and c.pack is None else None
+    if density is not None and density < _SPARSE:
+        notes.append(
+            f"sparse: about {density:.2g} of the values of its factors are not zero; a pack stores the others' places"
+            " alone (adapterpack compress SRC DST.apack)"
+        )
+    if c.foreign is not None:
+        notes.append(f"other code than PEFT wrote it: convert it first; it holds {c.foreign}")
     if a.extra:
         notes.append(f"{len(a.extra)} tensors are unknown: kept, never applied: {', '.join(sorted(a.extra)[:5])}")
     return Inspection(
@@ -221,7 +237,32 @@ def _known(c: Checkpoint, method: Method, a: Adapter, notes: list[str]) -> Inspe
         savings=tuple(_savings(c, a)),
         unsupported=None,
         notes=tuple(notes),
+        density=density,
     )
+
+
+def _density(a: Adapter) -> float | None:
+    seen = others = 0
+    for params in a.modules.values():
+        for name, param in params.items():
+            if name.startswith(("lora_A", "lora_B", "lora_embedding")):
+                zero, values = _zeros(param.tensor)
+                if zero != values:
+                    seen, others = seen + values, others + values - zero
+    return others / seen if seen else None
+
+
+def _zeros(tensor: Tensor) -> tuple[int, int]:
+    """How many of the first, middle and last values are zero, of either sign, and of how many."""
+    bits = tensor.dtype.bits
+    if bits not in (16, 32) or tensor.dtype.kind != "float":
+        return 0, 0
+    size = tensor.nbytes
+    starts = [0] if size <= 3 * _GLANCE else [0, (size - _GLANCE) // 8 * 4, size - _GLANCE]
+    data = b"".join(tensor.source.read(s, size if len(starts) == 1 else s + _GLANCE) for s in starts)
+    values = memoryview(data).cast("H" if bits == 16 else "I")
+    magnitude = (1 << (bits - 1)) - 1
+    return sum(not value & magnitude for value in values), len(values)
 
 
 def _parts(a: Adapter) -> Iterable[tuple[str, Tensor]]:

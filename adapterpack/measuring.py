@@ -98,10 +98,14 @@ def publish(
     """Write the result, its card mended, and say what it is."""
     a = outcome.adapter
     dropped = (*outcome.dropped, *(f"file {name}" for name in checkpoint.left))
+    grade = measured.grade
+    if checkpoint.foreign is not None:
+        # Its files do not come back.
+        dropped, grade = (*dropped, checkpoint.foreign), min(grade, Grade.EQUIVALENT)
     rendered = render(a)
     if a.changed:
         rendered = replace(rendered, files=card.mended(rendered.files, checkpoint, a))
-    facts = containers.apack.Facts.after(checkpoint, a, measured.grade, measured.error, max_error, dropped)
+    facts = containers.apack.Facts.after(checkpoint, a, grade, measured.error, max_error, dropped)
     size = containers.write_checkpoint(
         rendered, target, overwrite=overwrite, sources=protected, facts=facts, dry_run=dry_run
     )
@@ -111,7 +115,7 @@ def publish(
         encoding=a.encoding,
         bytes_in=checkpoint.bytes,
         bytes_out=size,
-        grade=str(measured.grade),
+        grade=str(grade),
         dropped=dropped,
         max_rel_error=measured.error,
         notes=outcome.notes,

@@ -94,7 +94,7 @@ def verify(
         here = sources.base(base)
         a, b = sources.here(a, subfolder), sources.model_here(b)
         source = stack.enter_context(
-            containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle, base=here)
+            containers.open_checkpoint(a, subfolder=subfolder, allow_pickle=allow_pickle, base=here, foreign=True)
         )
         source.prove()
         method_a, adapter_a = methods.parse(source)

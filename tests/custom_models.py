@@ -15,7 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 Layers = list[list[Any]]
 CLASSES: dict[str, type[nn.Module]] = {
-    c.__name__: c for c in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, Conv1D)
+    c.__name__: c
+    for c in (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Embedding,
+        nn.LayerNorm,
+        nn.MultiheadAttention,
+        Conv1D,
+    )
 }
 """What a layer may be: `Conv1D(nf, nx)` is GPT-2's, stored (in, out); the others are torch's."""
 

@@ -191,6 +191,18 @@ _OTHERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         ("ConvNext", "ConvNextModel"),
         {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
     ),
+    # Its head has torch's own multi-head attention.
+    "siglip": (
+        ("SiglipVision", "SiglipVisionModel"),
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+    ),
     # Mixtures of experts: apart on disk with two families of names, fused, fused with inputs first, declared or not.
     "mixtral": (("Mixtral", "MixtralForCausalLM"), {**_MIXTURE, "num_local_experts": 4}),
     "qwen2_moe": (

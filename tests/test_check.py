@@ -135,9 +135,11 @@ def vector_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str,
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: "/".join(p.relative_to(ROOT / "formats").parts))
 def test_no_vector_that_peft_wrote_gives_a_false_alarm(path: Path, vector_base: Any) -> None:
     case = path if (path / "expect.json").exists() else path.parent
-    said = json.loads((case / "expect.json").read_text())["base"]
-    for base in (None, vector_base(said)):
-        assert _codes(path, base) == FAULTY.get(case.name, set())
+    said = json.loads((case / "expect.json").read_text())
+    # What PEFT cannot read as it was meant is no false alarm.
+    wanted = FAULTY.get(case.name, set()) | set(said.get("findings", ()))
+    for base in (None, vector_base(said["base"])):
+        assert _codes(path, base) == wanted
 
 
 @pytest.mark.parametrize("case", [*cases.LORA, *cases.VBLORA, *cases.WIDTHS, *cases.VERA], ids=str)

@@ -440,20 +440,11 @@ def _kasa():
     return LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
 
 
-def _bdlora():
-    from peft.tuners.lora.config import BdLoraConfig
-
-    return LoraConfig(
-        r=4, target_modules=["q_proj"], use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)
-    )
-
-
 WRITTEN_BY_PEFT = {
     "pissa": _variant(init_lora_weights="pissa"),
     "pissa-niter": _variant(init_lora_weights="pissa_niter_4"),
     "olora": _variant(init_lora_weights="olora"),
     "kasa": _kasa,
-    "bdlora": _bdlora,
     "alora": _variant(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
     "layer-replication": _variant(layer_replication=[[0, 2], [1, 2]]),
 }
@@ -481,11 +472,7 @@ CONFIG_VARIANTS = {
     "loftq": {"init_lora_weights": "loftq"},
     "lora-ga": {"init_lora_weights": "lora_ga"},
     "an unknown init": {"init_lora_weights": "tomorrow"},
-    "qalora": {"use_qalora": True},
-    "bdlora": {"use_bdlora": {"nblocks": 2}},
     "arrow": {"arrow_config": {"top_k": 2}},
-    "velora": {"velora_config": {"x": 1}},
-    "monteclora": {"monteclora_config": {"x": 1}},
     "megatron": {"megatron_config": {"x": 1}},
     "a switch of tomorrow": {"use_hydralora": True},
 }

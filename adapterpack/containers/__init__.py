@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.containers import apack, peft
-from adapterpack.errors import UsageError
+from adapterpack.containers import apack, peft, vblora_original
+from adapterpack.errors import Unsupported, UsageError
 from adapterpack.io import atomic
 from adapterpack.io.files import Folder
 
@@ -26,6 +26,7 @@ def open_checkpoint(
     parent: str | Path | None = None,
     base: apack.Where = None,
     opaque: bool = False,
+    foreign: bool = False,
 ) -> Checkpoint:
     """Open whatever `source` is.
 
@@ -36,8 +37,10 @@ def open_checkpoint(
         parent: Where a pack finds the one that it is a difference to; None: beside it.
         base: Where a pack finds tensors of its base, or what finds that when it is needed; None: where it says.
         opaque: The files are enough, without any tensors.
+        foreign: May it be what other code than PEFT wrote? Its files are not those that PEFT would read.
 
     Raises:
+        Unsupported: it is foreign, and may not be.
         See `peft.open_adapter` and `apack.open_pack`.
     """
     path = Path(source).expanduser()
@@ -46,6 +49,13 @@ def open_checkpoint(
             raise UsageError("--subfolder goes with a directory, not with a pack")
         given = None if parent is None else Path(parent).expanduser()
         return _open(path, parent=given, base=base, opaque=opaque)
+    if subfolder is None and vblora_original.is_one(path):
+        if not foreign:
+            raise Unsupported(
+                f"{path} is a whole model of VB-LoRA's own code",
+                hint="adapterpack convert SRC DST --to full-logits makes a PEFT directory of what was trained",
+            )
+        return vblora_original.open_original(path, allow_pickle=allow_pickle)
     return peft.open_adapter(path, subfolder=subfolder, allow_pickle=allow_pickle, opaque=opaque)
 
 

@@ -313,6 +313,7 @@ class _LoadedTransform:
 
     def _run(self, w: Array, block: Block, exact: bool) -> Array:
         maths = self.change.maths(self.xp, exact, block.dtype)
+
         def changed(v: Array) -> Array:
             return maths.lift(self.change.transform(self._prepared(maths, v), v))
 

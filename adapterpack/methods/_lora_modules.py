@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from adapterpack.adapter import Adapter, Finding, Param
-from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.errors import InvalidFile, NoMergedWeight
 from adapterpack.io.patterns import Pattern, peft_patterns
 from adapterpack.methods._keys import flag, positive, require
 from adapterpack.tensor import Shape, Tensor
@@ -18,33 +18,52 @@ from adapterpack.tensor import Shape, Tensor
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module, its tensors sorted out and checked against each other."""
+    """One adapted module, its tensors sorted out and checked against each other.
+
+    Attributes:
+        known_as: Under which name the patterns of the config know it.
+    """
 
     name: str
     params: Mapping[str, Param]
     embedding: bool
+    known_as: str
 
     @cached_property
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B, (r, in) and (out, r); of a convolution (r, in, k...) and (out, r, 1...)."""
+    def _factors(self) -> tuple[Tensor, Tensor, int]:
+        """A, B and the number of groups; see `pair`."""
         names = ("lora_embedding_A", "lora_embedding_B") if self.embedding else ("lora_A", "lora_B")
         a, b = require(self.name, self.params, names)
-        n = len(a.shape)
+        n, groups = len(a.shape), 1
         fits = len(b.shape) == n and (n == 2 or (2 < n < 6 and not self.embedding))
         if not fits or not a.shape[0] or any(k != 1 for k in b.shape[2:]):
             raise InvalidFile(f"{self.name}: A {a.shape} and B {b.shape} are not (r, in) and (out, r)")
-        if n > 2 and b.shape[1] and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1] == 0:
-            raise Unsupported(
-                f"{self.name} is a convolution with {a.shape[0] // b.shape[1]} groups: PEFT cannot merge it either",
+        if n > 2 and b.shape[1] and a.shape[0] % b.shape[1] == 0:
+            groups = a.shape[0] // b.shape[1]
+        if a.shape[0] != b.shape[1] * groups:
+            raise InvalidFile(f"{self.name}: A {a.shape} and B {b.shape} are not (r, in) and (out, r)")
+        return a, b, groups
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, (r, in) and (out, r); of a convolution (r, in, k...) and (out, r, 1...).
+
+        Raises:
+            InvalidFile: half a pair, or shapes that do not fit each other.
+            NoMergedWeight: of a convolution with groups, whose A takes all inputs and B one group of ranks.
+        """
+        a, b, groups = self._factors
+        if groups > 1:
+            raise NoMergedWeight(
+                f"{self.name} is a convolution with {groups} groups: its A crosses their borders, so that no such"
+                " convolution has the sum as its weight, and PEFT cannot merge it either",
                 hint="leave such layers out in training, or keep the adapter beside its base",
             )
-        if a.shape[0] != b.shape[1]:
-            raise InvalidFile(f"{self.name}: A {a.shape} and B {b.shape} are not (r, in) and (out, r)")
         return a, b
 
     @property
     def rank(self) -> int:
-        return self.pair[0].shape[0]
+        return self._factors[0].shape[0]
 
     @property
     def shape(self) -> Shape:
@@ -69,7 +88,18 @@ def modules(a: Adapter) -> Iterator[Module]:
         embedding = "lora_embedding_A" in params or "lora_embedding_B" in params
         if embedding and ("lora_A" in params or "lora_B" in params):
             raise InvalidFile(f"{name} is adapted as an embedding and as a linear layer")
-        yield Module(name, params, embedding)
+        yield Module(name, params, embedding, attention_of(a, name) or name)
+
+
+IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
+"""What LoRA adapts of torch's multi-head attention: a bare parameter, and a linear layer. Never one alone."""
+
+
+def attention_of(a: Adapter, name: str) -> str | None:
+    """The multi-head attention that this module is the output projection of; None: it is none."""
+    module, _, last = name.rpartition(".")
+    inside = last == OUT_PROJ and f"{module}.{IN_PROJ}" in a.parameters.get(module, ())
+    return module if inside else None
 
 
 def first_match(patterns: list[Pattern], values: Mapping[str, Any], module: str) -> Any:

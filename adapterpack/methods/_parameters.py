@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterpack import exactness, limits
@@ -21,7 +21,7 @@ from adapterpack.experts import ORDER
 from adapterpack.io.patterns import Pattern
 from adapterpack.methods._changes import LoadedLowRank, transposed
 from adapterpack.methods._keys import flag, positive, require
-from adapterpack.methods._lora_modules import Scaling, first_match, pattern_field
+from adapterpack.methods._lora_modules import IN_PROJ, OUT_PROJ, Scaling, first_match, pattern_field
 from adapterpack.methods._stacks import FileStack, Recent, Stack
 from adapterpack.tensor import Shape
 
@@ -36,11 +36,16 @@ _MOST = 6
 # -- whose keys are they? ----------------------------------------------------------------------------------
 
 
-def named(modules: Mapping[str, Mapping[str, Param]], config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def named(
+    modules: Mapping[str, Mapping[str, Param]], config: Mapping[str, Any], known: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
     """Modules that wrap a parameter, and the base tensors that each may belong to.
 
     Several parameters of one module nest: the last one defined is outermost, `M.lora_A`, the one before it
     `M.base_layer.lora_A`. Which level is whose the file does not say.
+
+    Args:
+        known: Modules that wrap something else.
 
     Raises:
         Unsupported: a nested module is not one that `target_parameters` names.
@@ -50,7 +55,7 @@ def named(modules: Mapping[str, Mapping[str, Param]], config: Mapping[str, Any])
         raise InvalidFile("target_parameters in adapter_config.json is no list of names")
     is_module = _targets_modules(config) if wanted else bool
     found: dict[str, tuple[str, ...]] = {}
-    for module, own in _levels(modules).items():
+    for module, own in _levels([m for m in modules if m not in known]).items():
         names = dict.fromkeys(f"{module}.{w.rpartition('.')[2]}" for w in wanted)
         parameters = tuple(n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted))
         if len(parameters) > len(own):
@@ -67,6 +72,27 @@ def named(modules: Mapping[str, Mapping[str, Param]], config: Mapping[str, Any])
     return found
 
 
+def unwrapped(a: Adapter) -> Adapter:
+    """The adapter with what wraps a parameter marked as such, and attention's layers under their own names.
+
+    LoRA on torch's multi-head attention M changes two things: `in_proj_weight`, a parameter, whose factors are
+    `M.lora_A` and `M.lora_B`; and the linear layer `out_proj`, whose factors stand within the wrapped M.
+
+    Raises:
+        Unsupported: see `named`.
+    """
+    wanted = a.config.get("target_parameters") or []
+    inner = {f"{m}.{_WRAPPED}.{OUT_PROJ}": m for m in a.modules if f"{m}.{_WRAPPED}.{OUT_PROJ}" in a.modules}
+    if isinstance(wanted, list):
+        inner = {n: m for n, m in inner.items() if not any(f"{m}.{IN_PROJ}".endswith(str(w)) for w in wanted)}
+    own = {inner_name: f"{m}.{OUT_PROJ}" for inner_name, m in inner.items()}
+    modules = {own.get(name, name): params for name, params in a.modules.items()}
+    if len(modules) != len(a.modules):
+        raise InvalidFile(f"{min(own.values())} is adapted twice: within the attention and beside it")
+    found = {m: (f"{m}.{IN_PROJ}",) for m in inner.values()}
+    return replace(a, modules=modules, parameters=named(modules, a.config, found.keys()) | found)
+
+
 def _targets_modules(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Is a module adapted as one, by `target_modules`? PEFT lets no parameter of it be adapted then."""
     targets = config.get("target_modules") or []
@@ -76,7 +102,7 @@ def _targets_modules(config: Mapping[str, Any]) -> Callable[[str], bool]:
     return lambda module: any(module == t or module.endswith(f".{t}") for t in names)
 
 
-def _levels(modules: Mapping[str, object]) -> dict[str, list[str]]:
+def _levels(modules: Iterable[str]) -> dict[str, list[str]]:
     """Module without its nesting to its levels, the deepest first."""
     levels: dict[str, list[str]] = {}
     for name in modules:
@@ -94,12 +120,14 @@ class Level:
         parameter: Its name; None: only the base's shapes could tell.
         params: The tensors of the adapter.
         rank: As the config says, of each expert.
+        known_as: Under which name the patterns of the config know it.
     """
 
     module: str
     parameter: str | None
     params: Mapping[str, Param]
     rank: int
+    known_as: str
 
     @property
     def target(self) -> str:
@@ -144,11 +172,13 @@ def levels(a: Adapter, shapes: Shapes | None) -> Iterator[Level]:
         names = [n.rpartition(".")[2] for n in a.parameters[own[0]]]
         ordered = _assigned(module, [a.modules[n] for n in own], names, shapes) or ()
         for n, parameter in itertools.zip_longest(own, ordered):
-            said = None if parameter is None else first_match(patterns, values, f"{module}.{parameter}")
+            attention = parameter == IN_PROJ and f"{module}.{OUT_PROJ}" in a.modules
+            known_as = module if attention else f"{module}.{parameter}"
+            said = None if parameter is None else first_match(patterns, values, known_as)
             rank = default if said is None else said
             if type(rank) is not int or not 0 < rank <= limits.LORA_RANK:
                 raise InvalidFile(f"rank_pattern gives {module}.{parameter} the rank {rank!r:.60}")
-            yield Level(module, parameter, a.modules[n], rank)
+            yield Level(module, parameter, a.modules[n], rank, known_as)
 
 
 def _assigned(
@@ -157,6 +187,8 @@ def _assigned(
     """The parameter of each level, the deepest first; None if that takes a base."""
     if shapes is None:
         return _in_order(names) if len(names) == len(own) else None
+    for params in own:
+        require(module, params, ("lora_A", "lora_B"))
     there = [n for n in names if shapes.has(f"{module}.{n}")]
     if len(there) != len(own) or len(own) > _MOST:
         raise WrongBase(f"{module} has {len(own)} adapted parameters, and the base {len(there)}: {', '.join(there)}")
@@ -203,7 +235,7 @@ def changes(a: Adapter, scaling: Scaling, shapes: Shapes | None) -> Iterator[Par
         return
     for field_name in ("use_dora", "lora_bias", "fan_in_fan_out"):
         if flag(a.config, field_name):
-            raise Unsupported(f"{field_name} with target_parameters: PEFT does not load that")
+            raise Unsupported(f"{field_name} with bare parameters or multi-head attention: PEFT does not do that")
     recent = Recent()
     for level in levels(a, shapes):
         if level.parameter is None:
@@ -216,7 +248,7 @@ def changes(a: Adapter, scaling: Scaling, shapes: Shapes | None) -> Iterator[Par
             module=level.module,
             target=level.target,
             stack=stack,
-            scale=scaling(level.target, stack.rank),
+            scale=scaling(level.known_as, stack.rank),
             uses=frozenset(p.key for p in level.params.values()),
         )
 

@@ -8,7 +8,7 @@ Reference: peft/tuners/lora/layer.py (`get_delta_weight`, `merge`) and variants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,14 @@ from adapterpack.adapter import (
     Shapes,
 )
 from adapterpack.checkpoint import Checkpoint
-from adapterpack.errors import InvalidFile, Unsupported
+from adapterpack.errors import InvalidFile
 from adapterpack.methods import _joined, _parameters
 from adapterpack.methods._changes import LowRankChange, VectorChange, replacements
 from adapterpack.methods._convolution import ConvolutionChange
 from adapterpack.methods._dora import DoraChange
-from adapterpack.methods._keys import KeyTable, flag
-from adapterpack.methods._lora_modules import Module, Scaling, modules, pattern_field, rank_findings
-from adapterpack.methods._lora_variants import moved_base, refused_variant
+from adapterpack.methods._keys import flag
+from adapterpack.methods._lora_modules import Module, Scaling, attention_of, modules, pattern_field, rank_findings
+from adapterpack.methods._lora_variants import KEYS, refuse
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Tensor
 
@@ -41,29 +41,12 @@ if TYPE_CHECKING:
 
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
-keys = KeyTable(
-    "lora_",
-    {
-        "lora_A": "lora_A.weight",
-        "lora_B": "lora_B.weight",
-        "lora_bias": "lora_B.bias",
-        "lora_embedding_A": "lora_embedding_A",
-        "lora_embedding_B": "lora_embedding_B",
-        "magnitude": "lora_magnitude_vector",
-        "magnitude.weight": "lora_magnitude_vector.weight",
-    },
-)
+keys = KEYS
 
 
 def parse(c: Checkpoint) -> Adapter:
-    reason = refused_variant(c.config, c.tensors)
-    if reason is not None:
-        hint = "merge it with PEFT"
-        if moved_base(c.config) not in (None, "loftq"):
-            hint = "adapterpack convert SRC DST --to lora --init INIT_ADAPTER makes plain LoRA of it; then go on"
-        raise Unsupported(f"{c.name} is not plain LoRA: {reason}", hint=hint)
-    a = keys.parse(c, "lora", "lora", nested=True)
-    return replace(a, parameters=_parameters.named(a.modules, a.config))
+    refuse(c)
+    return _parameters.unwrapped(keys.parse(c, "lora", "lora", nested=True))
 
 
 def changes(a: Adapter, request: Request) -> Iterator[Change]:
@@ -76,13 +59,22 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
     for m in modules(a):
         if m.name in apart:
             continue
-        scale = scaling(m.name, m.rank)
-        yield _weight(m, scale, a.config)
-        if "lora_bias" in m.params:
-            bias = m.params["lora_bias"]
-            if bias.tensor.shape != (m.shape[0],):
-                raise InvalidFile(f"{bias.key} has shape {bias.tensor.shape}, not ({m.shape[0]},)")
-            yield VectorChange(m.name, partial(_vector, bias.tensor), bias.tensor.shape, scale, frozenset({bias.key}))
+        scale = scaling(m.known_as, m.rank)
+        weight = _weight(m, scale, a.config)
+        if attention_of(a, m.name) is not None and isinstance(weight, LowRankChange):
+            # MultiheadAttention.merge adds the delta itself, then lets out_proj add it again; forward does the same.
+            yield replace(weight, round_delta=True)
+        yield weight
+        yield from biases(m, m.shape[0], scale)
+
+
+def biases(m: Module, out: int, scale: float) -> Iterator[VectorChange]:
+    """The change of the module's bias, (out,), if B has one (`lora_bias`)."""
+    if "lora_bias" in m.params:
+        bias = m.params["lora_bias"]
+        if bias.tensor.shape != (out,):
+            raise InvalidFile(f"{bias.key} has shape {bias.tensor.shape}, not ({out},)")
+        yield VectorChange(m.name, partial(_vector, bias.tensor), bias.tensor.shape, scale, frozenset({bias.key}))
 
 
 def _weight(m: Module, scale: float, config: Mapping[str, Any]) -> Change:
@@ -101,8 +93,8 @@ def _weight(m: Module, scale: float, config: Mapping[str, Any]) -> Change:
         uses=uses,
         layer=Kind.EMBEDDING if m.embedding else Kind.LINEAR,
         fan_in_fan_out=flag(config, "fan_in_fan_out"),
-        # lora/layer.py, Embedding.merge: `weight += delta.to(orig_dtype)`; Linear.merge has no cast.
-        round_delta=m.embedding,
+        # lora/layer.py, Embedding.merge: `weight += delta.to(orig_dtype)`; Linear.merge has no cast, but MiCA's has.
+        round_delta=m.embedding or config.get("init_lora_weights") == "mica",
     )
     return low_rank if magnitude is None else DoraChange(low_rank, magnitude)
 
@@ -141,14 +133,23 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
+    yield from pair_findings(a, lambda m: m.rank)
+    yield from _parameters.findings(a, shapes)
+
+
+def pair_findings(a: Adapter, rank_of: Callable[[Module], int]) -> Iterator[Finding]:
+    """Half pairs, ranks that the config does not say, patterns that overlap.
+
+    Args:
+        rank_of: What the tensors have; it may raise InvalidFile.
+    """
     found: dict[str, int] = {}
     for m in modules(a):
         try:
-            found[m.name] = m.rank
+            found[m.known_as] = rank_of(m)
         except InvalidFile as e:
             yield Finding("half-pair", m.name, e.message, "train or save the adapter again")
     yield from rank_findings(a.config, found, 8)
-    yield from _parameters.findings(a, shapes)
     yield from _overlaps(a, "rank_pattern")
     yield from _overlaps(a, "alpha_pattern")
 

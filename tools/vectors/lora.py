@@ -33,6 +33,8 @@ def expected(tensors: Tensors, config: dict[str, Any], base: Tensors, ctx: Conte
         delta = np.stack([s * (b[:, :, e] @ a[e]) for e in range(experts)])
         delta = delta.transpose(0, 2, 1) if name in ctx.crossed and experts > 1 else delta
         ctx.add(name, delta.reshape(base[name].shape))
+    for inner in sorted(k for k in tensors if k.endswith(".base_layer.out_proj.lora_A.weight")):
+        attention(tensors, config, inner.removesuffix(".base_layer.out_proj.lora_A.weight"), ctx)
     for key in sorted(k for k in tensors if k.endswith((".lora_A.weight", ".lora_embedding_A"))):
         embedding = key.endswith("lora_embedding_A")
         p = key.removesuffix(".lora_embedding_A" if embedding else ".lora_A.weight")
@@ -64,6 +66,16 @@ def expected(tensors: Tensors, config: dict[str, Any], base: Tensors, ctx: Conte
             ctx.add(name, delta)
         if f"{p}.lora_B.bias" in tensors:
             ctx.add(module + ".bias", s * f64(tensors.pop(f"{p}.lora_B.bias")))
+
+
+def attention(tensors: Tensors, config: dict[str, Any], p: str, ctx: Context) -> None:
+    """torch's multi-head attention: a parameter, and a linear layer to which PEFT adds its change twice."""
+    module = p.removeprefix(PFX)
+    for place, name, times in ((p, "in_proj_weight", 1), (f"{p}.base_layer.out_proj", "out_proj.weight", 2)):
+        a, b = f64(tensors.pop(f"{place}.lora_A.weight")), f64(tensors.pop(f"{place}.lora_B.weight"))
+        alpha = first_match(config["alpha_pattern"], module, config["lora_alpha"])
+        s = alpha / math.sqrt(len(a)) if config["use_rslora"] else alpha / len(a)
+        ctx.add(f"{module}.{name}", times * s * (b @ a))
 
 
 def wrapped(base: Tensors, targets: list[str]) -> list[tuple[str, str]]:
@@ -236,6 +248,13 @@ CASES = [
         lora(use_dora=True, use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 2}),
         "DoRA with rsLoRA and patterns",
     ),
+    Case(
+        "attention",
+        lora(target_modules=["mha"], alpha_pattern={"mha": 3, "out_proj": 100}),
+        "nn.MultiheadAttention: two levels, and the change of out_proj twice",
+        kind="custom",
+        over={"layers": [["mha", "MultiheadAttention", {"embed_dim": 8, "num_heads": 2}]]},
+    ),
     Case("bf16-base", lora(), "a bfloat16 base: the adapter's values are float32", dtype="bfloat16"),
     Case(
         "bf16-base-embedding",
@@ -280,6 +299,9 @@ def invalid(cases: Cases) -> None:
     def refused(case: str, files: Files, message: str) -> None:
         cases.add(case, files, "convert", error="unsupported", message=message, **bf16)
 
+    def unmerged(case: str, files: Files, message: str) -> None:
+        cases.add(case, files, "convert", error="no-merged-weight", message=message, **bf16)
+
     def broken(case: str, files: Files, message: str) -> None:
         cases.add(case, files, "convert", error="invalid", message=message, **bf16)
 
@@ -288,27 +310,22 @@ def invalid(cases: Cases) -> None:
         refused(f"init-{init}", lora_adapter({"init_lora_weights": init}), "which changes the base weights")
     refused("init-unknown", lora_adapter({"init_lora_weights": "clover"}), "'clover' is unknown")
     switches: dict[str, tuple[Any, str]] = {
-        "use_bdlora": ({"target_modules_bd_a": ["q_proj"], "nblocks": 2}, "BD-LoRA"),
-        "use_qalora": (True, "QA-LoRA"),
-        "alora_invocation_tokens": ([1, 2], "aLoRA"),
-        "arrow_config": ({"top_k": 3}, "Arrow"),
         "kasa_config": ({"beta": 1e-4}, "KaSA"),
-        "velora_config": ({"num_groups": 2}, "VeLoRA"),
-        "monteclora_config": ({"samples": 4}, "MonteCLoRA"),
-        "layer_replication": ([[0, 1], [0, 1]], "layer replication"),
         "megatron_config": ({"tensor_model_parallel_size": 2}, "Megatron"),
     }
+    for field, (value, message) in {
+        "alora_invocation_tokens": ([1, 2], "aLoRA"),
+        "arrow_config": ({"top_k": 3}, "Arrow"),
+        "layer_replication": ([[0, 1], [0, 1]], "layer replication"),
+    }.items():
+        unmerged(field.replace("_", "-"), lora_adapter({field: value}), message)
     for field, (value, message) in switches.items():
         refused(field.replace("_", "-"), lora_adapter({field: value}), message)
     refused("unknown-switch", lora_adapter({"use_tomorrows_lora": True}), "use_tomorrows_lora is unknown")
     diag = {**lora_arrays(), f"{PFX}{Q}.lora_diag": ramp(2)}
     refused("kasa-tensors", lora_adapter(arrays=diag), "it is KaSA")
-    mapping = {**lora_arrays(), f"{PFX}{Q}.lora_latent_mapping.weight": ramp(2, 2)}
-    refused("lora-xs-tensors", lora_adapter(arrays=mapping), "it is LoRA-XS")
     conv = {f"{PFX}conv.lora_A.weight": ramp(2, 4, 3, 3), f"{PFX}conv.lora_B.weight": ramp(4, 1, 1, 1)}
-    refused(
-        "convolution-in-groups", lora_adapter({"target_modules": ["conv"]}, conv), "is a convolution with 2 groups"
-    )
+    unmerged("convolution-in-groups", lora_adapter({"target_modules": ["conv"]}, conv), "convolution with 2 groups")
     inner = {k.replace(Q, "mlp.experts.base_layer"): v for k, v in lora_arrays().items()}
     outer = {k.replace(Q, "mlp.experts"): v for k, v in lora_arrays().items()}
     bare = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -316,9 +333,7 @@ def invalid(cases: Cases) -> None:
     refused(
         "wrapped-other-module", lora_adapter({"target_parameters": ["mlp.gate.weight"]}, inner), "does not name it"
     )
-    refused(
-        "parameters-dora", lora_adapter({**bare, "use_dora": True}, {**inner, **outer}), "PEFT does not load that"
-    )
+    refused("parameters-dora", lora_adapter({**bare, "use_dora": True}, {**inner, **outer}), "PEFT does not do that")
     broken("parameters-string", lora_adapter({"target_parameters": "mlp.experts.down_proj"}), "no list of names")
     uneven = {f"{PFX}mlp.experts.lora_A.weight": ramp(5, 8), f"{PFX}mlp.experts.lora_B.weight": ramp(8, 5)}
     one = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
