@@ -121,3 +121,12 @@ def test_broken_shapes_are_refused(change, message, workshop, files, tmp_path: P
 def test_another_rank_in_the_config_is_found(workshop, files, tmp_path: Path) -> None:
     lying = files.edited(workshop.adapter(_BY_NAME["lokr-llama"]), tmp_path / "lying", config={"r": 3})
     assert {f.code for f in adapterpack.check(lying).findings} == {"rank-mismatch"}
+
+
+def test_a_rank_beyond_all_matrices_asks_for_whole_ones(workshop, files, tmp_path: Path) -> None:
+    case = _BY_NAME["lokr-whole"]
+    whole = files.edited(workshop.adapter(case), tmp_path / "whole", config={"r": 100_000, "alpha": 100_000})
+    assert adapterpack.check(whole, base=workshop.base_of(case)).healthy
+    expected = workshop.peft_merge(workshop.base_of(case), whole)
+    adapterpack.merge(whole, workshop.base_of(case), tmp_path / "merged", verify="full")
+    assert all(files.same(t, expected[k]) for k, t in files.tensors(tmp_path / "merged").items())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
+from adapterpack import limits
 from adapterpack.adapter import Adapter, Finding
 from adapterpack.errors import InvalidFile
-from adapterpack.methods._keys import positive
-from adapterpack.methods._lora_modules import first_match, pattern_field
+from adapterpack.methods._lora_modules import rank_findings
+
+_Seen = TypeVar("_Seen")
 
 
-def broken(a: Adapter, look: Callable[[str], object]) -> Iterator[Finding]:
+def broken(a: Adapter, look: Callable[[str], _Seen]) -> Iterator[Finding]:
     """One finding for each module whose tensors `look` refuses."""
     for module in a.modules:
         try:
@@ -20,30 +22,27 @@ def broken(a: Adapter, look: Callable[[str], object]) -> Iterator[Finding]:
             yield Finding("half-pair", module, e.message, "train or save the adapter again")
 
 
-def other_ranks(
-    a: Adapter, rank: Callable[[str], int], default: int, *, field: str = "r", pattern: str | None = "rank_pattern"
+def sound(a: Adapter, look: Callable[[str], _Seen]) -> dict[str, _Seen]:
+    """What `look` sees in the modules whose tensors it does not refuse."""
+    seen: dict[str, _Seen] = {}
+    for module in a.modules:
+        try:
+            seen[module] = look(module)
+        except InvalidFile:
+            continue
+    return seen
+
+
+def of_factors(
+    a: Adapter, rank: Callable[[str], int], default: int, *, pattern: bool = True, most: int = limits.LORA_RANK
 ) -> Iterator[Finding]:
-    """One finding for each module whose tensors have another rank than the config says; broken ones are left out.
+    """Broken modules, and those of another rank than `r` and `rank_pattern` say.
 
     Args:
         rank: What the tensors of a module say. Raises InvalidFile.
-        default: PEFT's, where the config does not say.
-        field: The config's word for it.
-        pattern: The config's word for what differs from it; None: the method has none.
+        default: PEFT's, where the config has no `r`.
+        pattern: Does the method follow `rank_pattern`?
+        most: The largest `r` that is believed.
     """
-    patterns, values = ([], {}) if pattern is None else pattern_field(a.config, pattern)
-    common = positive(a.config, field, default)
-    for module in a.modules:
-        said: Any = first_match(patterns, values, module)
-        said = common if said is None else said
-        try:
-            found = rank(module)
-        except InvalidFile:
-            continue
-        if said != found:
-            yield Finding(
-                "rank-mismatch",
-                module,
-                f"the config says {field} {said!r:.20}, the tensors have {found}: PEFT refuses to load it",
-                f"set {field} to {found}" if pattern is None else f'put "{module}": {found} first in {pattern}',
-            )
+    yield from broken(a, rank)
+    yield from rank_findings(a.config, sound(a, rank), default, pattern=pattern, most=most)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from adapterpack import limits
 from adapterpack.adapter import Adapter, Finding, Param
 from adapterpack.errors import InvalidFile, NoMergedWeight
 from adapterpack.io.patterns import Pattern, peft_patterns
@@ -119,17 +120,25 @@ def pattern_field(config: Mapping[str, Any], field: str) -> tuple[list[Pattern],
 
 
 def rank_findings(
-    config: Mapping[str, Any], ranks: Mapping[str, int], default: int, *, pattern: bool = True
+    config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    default: int,
+    *,
+    field: str = "r",
+    pattern: bool = True,
+    most: int = limits.LORA_RANK,
 ) -> Iterator[Finding]:
     """Modules whose tensors have another rank than `r` and `rank_pattern` say: PEFT refuses to load those.
 
     Args:
         ranks: Module to the rank of its tensors.
         default: Of PEFT, where the config has no `r`.
+        field: The config's word for it.
         pattern: Does the method follow `rank_pattern`?
+        most: The largest that is believed.
     """
     patterns, values = pattern_field(config if pattern else {}, "rank_pattern")
-    r = positive(config, "r", default)
+    r = positive(config, field, default, most)
     for module, rank in ranks.items():
         said = first_match(patterns, values, module)
         said = r if said is None else said
@@ -137,8 +146,8 @@ def rank_findings(
             yield Finding(
                 "rank-mismatch",
                 module,
-                f"the config says rank {said!r:.20}, the tensors have {rank}: PEFT refuses to load it",
-                f'put "{module}": {rank} first in rank_pattern' if pattern else f"set r to {rank}",
+                f"the config says {field} {said!r:.20}, the tensors have {rank}: PEFT refuses to load it",
+                f'put "{module}": {rank} first in rank_pattern' if pattern else f"set {field} to {rank}",
             )
 
 

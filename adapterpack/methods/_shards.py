@@ -130,8 +130,7 @@ def _bat(round_bat: bool, m: Maths, w: Array) -> Array:
 
 def findings(a: Adapter) -> Iterator[Finding]:
     """What is wrong with the blocks, but for what only one of the methods has."""
-    yield from _findings.broken(a, lambda module: shape(a, module))
-    yield from _findings.other_ranks(a, lambda module: rank(a, module), 64, pattern=None)
+    yield from _findings.of_factors(a, lambda module: rank(a, module), 64, pattern=False)
 
 
 def fold(a: Adapter, request: Request, changed: Iterator[Change]) -> Outcome:

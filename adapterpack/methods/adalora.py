@@ -119,11 +119,8 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     yield from _findings.broken(a, lambda module: _shape(module, a.modules[module]))
     pruned = _Pruned(a.config)
-    for module, params in a.modules.items():
-        try:
-            rank, kept = _shape(module, params)[1], pruned.kept(module)
-        except InvalidFile:
-            continue
+    for module, rank in _findings.sound(a, lambda module: _shape(module, a.modules[module])[1]).items():
+        kept = pruned.kept(module)
         said = pruned.init_r if kept is None else kept
         if said != rank:
             where = "init_r" if kept is None else "rank_pattern"

@@ -80,14 +80,10 @@ def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
         raise InvalidFile(f"{field} in adapter_config.json is not an object")
     budget = Budget()
     patterns = [Pattern(key, template=r".*\.{}$", where=field, budget=budget) for key in values]
-    for module in a.modules:
+    for module, found in _findings.sound(a, lambda module: _kernel(a, module)[2]).items():
         # The first one counts; a whole path as a key is no pattern but counts too.
         hit = next((p.text for p in patterns if p.matches(module)), module)
         said = values.get(hit, common)
-        try:
-            found = _kernel(a, module)[2]
-        except InvalidFile:
-            continue
         if said != found:
             message = f"the config says block_size {said!r:.20}, the kernel has {found}: PEFT refuses to load it"
             yield Finding("rank-mismatch", module, message, f'put "{module}": {found} into {field}')

@@ -84,8 +84,7 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    yield from _findings.broken(a, lambda module: _shape(module, a.modules[module]))
-    yield from _findings.other_ranks(a, lambda module: _shape(module, a.modules[module])[1], 8)
+    yield from _findings.of_factors(a, lambda module: _shape(module, a.modules[module])[1], 8)
 
 
 def _fold(a: Adapter, request: Request) -> Outcome:

@@ -20,6 +20,7 @@ from adapterpack.methods import _findings, _to_lora
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, finite, flag, positive, require
+from adapterpack.methods._lora_modules import rank_findings
 from adapterpack.methods._products import on_diagonal
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
@@ -115,9 +116,9 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    yield from _findings.broken(a, lambda module: _shape(module, a.modules[module]))
-    yield from _findings.other_ranks(a, lambda m: _shape(m, a.modules[m])[2], 32, pattern=None)
-    yield from _findings.other_ranks(a, lambda m: _shape(m, a.modules[m])[1], 2, field="gralora_k", pattern=None)
+    yield from _findings.of_factors(a, lambda module: _shape(module, a.modules[module])[2], 32, pattern=False)
+    blocks = _findings.sound(a, lambda module: _shape(module, a.modules[module])[1])
+    yield from rank_findings(a.config, blocks, 2, field="gralora_k", pattern=False)
 
 
 def _fold(a: Adapter, request: Request) -> Outcome:

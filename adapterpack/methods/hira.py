@@ -16,10 +16,10 @@ from adapterpack import limits
 from adapterpack.adapter import Adapter, Change, Edge, Finding, Kind, Param, Request, Shapes
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile
+from adapterpack.methods import _findings
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats
-from adapterpack.methods._lora_modules import rank_findings
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
 
@@ -106,11 +106,5 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    found: dict[str, int] = {}
-    for module, params in a.modules.items():
-        try:
-            found[module] = _factors(module, params).rank
-        except InvalidFile as e:
-            yield Finding("half-pair", module, e.message, "train or save the adapter again")
     # `rank_pattern` is a field of the config that PEFT 0.21 looks up and does not use.
-    yield from rank_findings(a.config, found, 32, pattern=False)
+    yield from _findings.of_factors(a, lambda module: _factors(module, a.modules[module]).rank, 32, pattern=False)

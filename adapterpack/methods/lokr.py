@@ -175,9 +175,10 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
-    yield from _findings.broken(a, lambda module: _parts(module, a.modules[module]))
     ranks_of = _Ranks(a)
-    yield from _findings.other_ranks(a, lambda module: ranks_of.of(module, _parts(module, a.modules[module])), 8)
+    yield from _findings.of_factors(
+        a, lambda module: ranks_of.of(module, _parts(module, a.modules[module])), 8, most=_MOST
+    )
 
 
 def _fold(a: Adapter, request: Request) -> Outcome:

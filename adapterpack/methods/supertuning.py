@@ -21,6 +21,7 @@ from adapterpack.methods import _findings
 from adapterpack.methods._changes import logical_shape, replacements
 from adapterpack.methods._formula import DenseChange, Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, finite, flag, require
+from adapterpack.methods._lora_modules import rank_findings
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
@@ -199,7 +200,7 @@ def recipes(a: Adapter) -> Iterator[Recipe]:
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
     yield from _findings.broken(a, lambda module: _parts(a, module))
     if a.config.get("r") is not None:
-        yield from _findings.other_ranks(a, lambda module: _parts(a, module).rank or 0, 8, pattern=None)
+        yield from rank_findings(a.config, _findings.sound(a, lambda m: _parts(a, m).rank or 0), 8, pattern=False)
     if _ignored(a):
         said = "it is false, but the file holds indices"
         yield Finding("wrong-index-flag", "save_precomputed_indices", said, _SET_IT)

@@ -171,10 +171,10 @@ def invalid(cases: Cases) -> None:
     cases.add("infinite", lora_adapter(arrays=broken), "check", finding="infinite")
     cases.add(
         "unknown-method",
-        directory({"peft_type": "ADALORA"}, lora_arrays()),
+        directory({"peft_type": "NO_SUCH_METHOD"}, lora_arrays()),
         "convert",
         error="unsupported",
-        message="is ADALORA",
+        message="is NO_SUCH_METHOD",
         dtype="bf16",
     )
     cases.add(
