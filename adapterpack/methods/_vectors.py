@@ -36,7 +36,6 @@ class Vectors:
         title: How it is called.
         prefix: How its tensors begin, `vera_`.
         halves: 2 where A and lambda_d have a second half.
-        notes: What the user should know of a fold into LoRA.
     """
 
     title: str

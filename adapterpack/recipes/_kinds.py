@@ -327,7 +327,8 @@ class NormalRecipe(Recipe):
 
     def _values(self, torch: Any) -> Iterator[Array]:
         for d in self.draws:
-            generator = torch.Generator("cpu").manual_seed(d.seed)
+            # All that the generator takes of a seed; torch refuses to be given more than 64 bits.
+            generator = torch.Generator("cpu").manual_seed(d.seed & 0xFFFFFFFF)
             drawn = torch.normal(mean=0.0, std=d.std, size=d.shape, generator=generator, dtype=torch.float32)
             yield drawn.numpy().astype(numpy_dtype(self.through))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from adapterpack import limits, methods
+from adapterpack.adapter import Adapter
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.codecs import lines
 from adapterpack.containers.apack.facts import References
@@ -170,16 +171,20 @@ def _header(plan: Placing, c: Checkpoint) -> tuple[tuple[tuple[str, str], ...] |
     return None, (_stream(plan, StreamPlan("bytes"), Memory(header)), length)
 
 
-def _recomputed(plan: Placing, c: Checkpoint) -> Iterator[tuple[str, Place]]:
-    """Tensors that a recipe gives back bit for bit: proven here, and again when they are drawn."""
+def _candidates(c: Checkpoint) -> Iterator[tuple[Recipe, Adapter]]:
+    """How its tensors may have been drawn. One that is not read, or makes no sense, is stored like any other."""
     try:
         method, adapter = methods.parse(c)
-        candidates = list(method.recipes(adapter))
+        for recipe in method.recipes(adapter):
+            yield recipe, adapter
     except AdapterpackError:
-        # A method that is not read has no recipes; its tensors are stored like any others.
         return
+
+
+def _recomputed(plan: Placing, c: Checkpoint) -> Iterator[tuple[str, Place]]:
+    """Tensors that a recipe gives back bit for bit: proven here, and again when they are drawn."""
     placed: set[str] = set()
-    for recipe in candidates:
+    for recipe, adapter in _candidates(c):
         # What another build of torch may draw otherwise is no way to keep anything.
         if recipe.takes_torch or recipe.cost > limits.RECIPE_ELEMENTS or len(plan.recipes) == _RECIPES:
             continue
