@@ -443,9 +443,7 @@ def test_adapters_that_are_tied_are_added_once_to_what_stays_one_tensor(workshop
 
 
 @pytest.mark.parametrize("case", [BDLORA[0], VELORA[0], MONTECLORA[0]], ids=str)
-def test_verify_finds_a_moved_factor_and_lets_training_state_be(
-    case, workshop, files, tmp_path: Path
-) -> None:
+def test_verify_finds_a_moved_factor_and_lets_training_state_be(case, workshop, files, tmp_path: Path) -> None:
     adapter, base = workshop.adapter(case), workshop.base_of(case)
     adapterpack.merge(adapter, base, tmp_path / "m")
     assert adapterpack.verify(adapter, tmp_path / "m", base=base).equal
