@@ -97,7 +97,7 @@ def refuse(c: Checkpoint, own: tuple[str, ...] = ()) -> None:
                 f"{c.name} is {name}: no single weight does that, so there is nothing to merge",
                 hint="keep it beside its base",
             )
-    reason = refusal(c.config, c.tensors, own)
+    reason = refused_variant(c.config, c.tensors, own)
     if reason is not None:
         hint = "merge it with PEFT"
         if moved_base(c.config) not in (None, "loftq"):
@@ -105,8 +105,8 @@ def refuse(c: Checkpoint, own: tuple[str, ...] = ()) -> None:
         raise Unsupported(f"{c.name} is not plain LoRA: {reason}", hint=hint)
 
 
-def refusal(config: Mapping[str, Any], names: Iterable[str], own: tuple[str, ...] = ()) -> str | None:
-    """Why it is not the LoRA that we know, None if it is; see `refuse`."""
+def refused_variant(config: Mapping[str, Any], names: Iterable[str], own: tuple[str, ...] = ()) -> str | None:
+    """Why this is not the LoRA that we know, None if it is: by config, then by the names of its tensors."""
     init = str(config.get("init_lora_weights", True)).lower()
     if moved_base(config):
         return (
@@ -115,7 +115,7 @@ def refusal(config: Mapping[str, Any], names: Iterable[str], own: tuple[str, ...
         )
     if init not in _KEEPS_BASE:
         return f"init_lora_weights={config['init_lora_weights']!r:.60} is unknown"
-    for field, name in _SWITCHES.items():
+    for field, name in {**_SWITCHES, **_UNMERGED}.items():
         if field not in own and config.get(field):
             return f"it is {name}"
     for field, value in config.items():

@@ -20,7 +20,7 @@ from adapterpack.methods import _findings, _to_lora
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, finite, flag, positive, require
-from adapterpack.methods._lora_variants import refusal
+from adapterpack.methods._lora_variants import refused_variant
 from adapterpack.methods._products import unflattened
 from adapterpack.recipes import Recipe
 from adapterpack.tensor import Shape
@@ -37,7 +37,7 @@ _OTHER_SWITCHES = ("use_dora", "target_parameters")
 
 def parse(c: Checkpoint) -> Adapter:
     # Its config is LoRA's and more; the initial values of LoRA's variants mean nothing to it.
-    reason = refusal({**c.config, "init_lora_weights": True}, c.tensors)
+    reason = refused_variant({**c.config, "init_lora_weights": True}, c.tensors)
     reason = reason or next((f"{field} is set" for field in _OTHER_SWITCHES if c.config.get(field)), None)
     if reason is not None:
         raise Unsupported(f"{c.name} is not plain AdaLoRA: {reason}", hint="PEFT's AdaLoRA does not know it either")
