@@ -132,15 +132,17 @@ def test_trap_7_vera_becomes_lora_by_exact_factors(tmp_path: Path) -> None:
 
 
 def test_trap_8_a_method_that_is_not_read_is_never_guessed(tmp_path: Path) -> None:
-    """RandLoRA: shared bases copied into every layer. It can be inspected, not converted or merged."""
+    """A method of tomorrow, whose tensors look like RandLoRA's: it can be inspected, not converted or merged."""
     oracle.make_adapter(tmp_path / "a", RandLoraConfig(r=4, target_modules=["q_proj"]))
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"RANDLORA"', '"RANDLORA_TWO"'))
     seen = adapterpack.inspect(tmp_path / "a")
-    assert (seen.method, seen.encoding) == ("randlora", None) and seen.unsupported
+    assert (seen.method, seen.encoding) == ("randlora_two", None) and seen.unsupported
     for call in (
         lambda: adapterpack.convert(tmp_path / "a", tmp_path / "x", to="lora"),
         lambda: adapterpack.merge(tmp_path / "a", _base(tmp_path / "base"), tmp_path / "x"),
     ):
-        with pytest.raises(adapterpack.AdapterpackError, match="RANDLORA"):
+        with pytest.raises(adapterpack.AdapterpackError, match="RANDLORA_TWO"):
             call()
 
 
