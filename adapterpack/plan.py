@@ -167,8 +167,6 @@ def _refuse_stale(change: Change, before: set[str]) -> None:
     reads = change.reads if isinstance(change, DenseChange | TransformChange) else frozenset[str]()
     if isinstance(change, TransformChange) and change.derive is not None:
         reads |= {change.target}
-    if isinstance(change, TransformChange) and change.derive is not None:
-        reads |= {change.target}
     if stale := sorted(reads & before):
         raise Unsupported(
             f"the change of {change.target} is made of {stale[0]}, which an earlier adapter changes",

@@ -31,14 +31,17 @@ LOOSE: Mapping[str, str] = {}
 CLOSE = 1e-5
 """Error of a loose method's change of one tensor, relative to it (Frobenius norms), beside one rounding to f32."""
 
-FAILING: Mapping[str, str] = {
-    "lora-kasa-1-MLP": "KaSA is not read",
-}
+FAILING: Mapping[str, str] = {}
 """Rows of methods that are read, but not merged as PEFT merges them: name to the reason."""
 UNCHECKED: Mapping[str, str] = {}
 """Rows that `check` cannot hold against their base, though PEFT can run them."""
 
-VARIANTS = {"use_bdlora": "bdlora", "monteclora_config": "monteclora", "velora_config": "velora"}
+VARIANTS = {
+    "kasa_config": "kasa",
+    "use_bdlora": "bdlora",
+    "monteclora_config": "monteclora",
+    "velora_config": "velora",
+}
 """Field of LoRA's config to what `inspect` calls the method that it turns on."""
 _TRAINED = re.compile(r"\.lora_velora_embed\.|\.lora_monteclora_sampler\.")
 """Buffers that training moves and that are saved."""

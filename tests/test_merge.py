@@ -434,17 +434,10 @@ def _variant(**fields):
     return lambda: LoraConfig(r=4, lora_alpha=8, **{"target_modules": ["q_proj"], **fields})
 
 
-def _kasa():
-    from peft.tuners.lora.config import KasaConfig
-
-    return LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
-
-
 WRITTEN_BY_PEFT = {
     "pissa": _variant(init_lora_weights="pissa"),
     "pissa-niter": _variant(init_lora_weights="pissa_niter_4"),
     "olora": _variant(init_lora_weights="olora"),
-    "kasa": _kasa,
     "alora": _variant(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
     "layer-replication": _variant(layer_replication=[[0, 2], [1, 2]]),
 }

@@ -22,6 +22,7 @@ from adapterpack.methods import (
     hira,
     hra,
     ia3,
+    kasa,
     ln_tuning,
     loha,
     lokr,
@@ -88,6 +89,7 @@ _TABLE: tuple[Method, ...] = (
 )
 _VARIANTS: tuple[Variant, ...] = (
     bdlora,
+    kasa,
     loraxs,
     monteclora,
     qalora,

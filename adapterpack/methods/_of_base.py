@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterpack.adapter import Adapter, Finding, Param, Request
 from adapterpack.errors import InvalidFile, WrongBase
-from adapterpack.methods._changes import logical_shape
+from adapterpack.methods._changes import weight_shape
 from adapterpack.methods._lora_modules import rank_findings
 
 if TYPE_CHECKING:
@@ -39,22 +39,16 @@ def linear_shape(
         WrongBase: the base's weight is no such layer's, or has another shape.
     """
     shapes = request.shapes
-    if shapes is None:
-        return out, into
-    stored = shapes.shape(f"{module}.weight")
-    if len(stored) != 2:
-        raise WrongBase(f"{module}.weight has shape {stored}: {a.method} is for linear layers")
-    if not conv1d and shapes.conv1d(module):
-        raise WrongBase(
-            f"{module} of the base is a Conv1D, which lies as (in, out): PEFT has {a.method} for Linear only",
-            hint="is it the base that was trained on?",
-        )
-    known = {"out": out or None, "into": into or None}
-    found = logical_shape(a, module, shapes, **known) if conv1d else stored
-    if (out and found[0] != out) or (into and found[1] != into):
-        raise WrongBase(
-            f"{module}.weight has shape {stored}, the adapter's change (out, in) = ({out or 'any'}, {into or 'any'})"
-        )
+    if shapes is not None:
+        stored = shapes.shape(f"{module}.weight")
+        if len(stored) != 2:
+            raise WrongBase(f"{module}.weight has shape {stored}: {a.method} is for linear layers")
+        if not conv1d and shapes.conv1d(module):
+            raise WrongBase(
+                f"{module} of the base is a Conv1D, which lies as (in, out): PEFT has {a.method} for Linear only",
+                hint="is it the base that was trained on?",
+            )
+    found = weight_shape(a, module, shapes, out=out or None, into=into or None, conv1d=conv1d)
     return found[0], found[1]
 
 

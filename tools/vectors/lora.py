@@ -310,7 +310,6 @@ def invalid(cases: Cases) -> None:
         refused(f"init-{init}", lora_adapter({"init_lora_weights": init}), "which changes the base weights")
     refused("init-unknown", lora_adapter({"init_lora_weights": "clover"}), "'clover' is unknown")
     switches: dict[str, tuple[Any, str]] = {
-        "kasa_config": ({"beta": 1e-4}, "KaSA"),
         "megatron_config": ({"tensor_model_parallel_size": 2}, "Megatron"),
     }
     for field, (value, message) in {
@@ -322,8 +321,6 @@ def invalid(cases: Cases) -> None:
     for field, (value, message) in switches.items():
         refused(field.replace("_", "-"), lora_adapter({field: value}), message)
     refused("unknown-switch", lora_adapter({"use_tomorrows_lora": True}), "use_tomorrows_lora is unknown")
-    diag = {**lora_arrays(), f"{PFX}{Q}.lora_diag": ramp(2)}
-    refused("kasa-tensors", lora_adapter(arrays=diag), "it is KaSA")
     conv = {f"{PFX}conv.lora_A.weight": ramp(2, 4, 3, 3), f"{PFX}conv.lora_B.weight": ramp(4, 1, 1, 1)}
     unmerged("convolution-in-groups", lora_adapter({"target_modules": ["conv"]}, conv), "convolution with 2 groups")
     inner = {k.replace(Q, "mlp.experts.base_layer"): v for k, v in lora_arrays().items()}
