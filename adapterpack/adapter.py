@@ -344,21 +344,6 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class ModuleError:
-    """How far two versions of one base tensor, or of its change, lie apart.
-
-    Attributes:
-        name: The base tensor.
-        max_abs_error: Largest absolute difference of an element.
-        rel_error: Frobenius norm of the difference over that of the reference's change, in f64; 0/0 is 0.
-    """
-
-    name: str
-    max_abs_error: float
-    rel_error: float
-
-
-@dataclass(frozen=True)
 class Request:
     """What a conversion may use.
 
@@ -441,3 +426,8 @@ class Method(Protocol):
 
     def findings(self, a: Adapter, shapes: Shapes | None) -> Iterator[Finding]: ...
     def ranks(self, a: Adapter) -> Mapping[str, int]: ...
+
+
+def depends_on_shapes(method: Method, a: Adapter) -> bool:
+    """May it take the base's shapes to know what the adapter changes?"""
+    return any(Need.SHAPES in edge.needs for edge in method.edges.get(a.encoding, ()))

@@ -1,0 +1,271 @@
+"""One tensor of a merged model against exact arithmetic: what honest rounding explains, and what it does not.
+
+An honest merge ends with a rounding to the dtype of the base. Three kinds are told apart, each with its own bound
+on every single weight, so that a coarse one is no excuse in a model that was merged with a fine one:
+- `once`: f32 or better throughout, one rounding at the end. Within half a unit in the last place, and f32's noise.
+- `twice`: the change is rounded to the dtype, then the sum (PEFT's `safe_merge=True`).
+- `low-precision`: all of it in the dtype of the base. It moves many weights by a unit, or it was not that.
+Below the rounding no single weight tells anything; all of them together do: honest differences do not lean along
+the change.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adapterpack import exactness, plan
+from adapterpack.accuracy import TINY, Sums, ulp, xp_maximum
+from adapterpack.adapter import Block, Effect
+from adapterpack.tensor import DType, Tensor
+
+if TYPE_CHECKING:
+    from adapterpack.backend import Array, Backend
+    from adapterpack.base import Base
+
+_UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""The largest relative error of one rounding."""
+_F32 = 1.01 * 2.0**-24
+_BIAS, _LOW_BIAS = 1e-3, 8e-3
+"""Honest rounding is unbiased; the share of the change that may be missing on average all the same. In low precision
+the factors themselves were rounded."""
+_LEAN = 6.0
+"""Standard deviations."""
+_SHARE = 2e-3
+"""Of the weights so near to a tie that low precision may tip them, at least this share is tipped if it was that."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What values a tensor can have, and so how coarse honest rounding may be.
+
+    Attributes:
+        dtype: Of the tensor.
+        unit: Half a unit in the last place, relative.
+        tiny: Half the smallest step, absolute.
+        base: Is W itself rounded on the way, from the values that a quantised base stands for?
+        coarse: Is it FP8? W lies on the grid then, so that small changes are lost one-sidedly.
+    """
+
+    dtype: DType
+    unit: float
+    tiny: float
+    base: bool
+    coarse: bool
+
+    @classmethod
+    def of(cls, dtype: DType, tensor: Tensor, base: Base, merged: Base, name: str) -> Grid:
+        quantised = base.scheme is not None and name in base.scheme.consumed
+        if merged.scheme is None or name not in merged.scheme.consumed:
+            return cls(dtype, _UNIT[dtype.name], TINY[dtype.name], quantised, False)
+        # 3 bits of mantissa; the smallest step is 2^-9 of a scale, and a scale at most twice amax / 448.
+        rows, width = plan.as_matrix(tensor.shape)
+        parts = (tensor.rows(*bounds).astype("float32") for bounds in exactness.cut(rows, width))
+        amax = max((float(abs(part).max()) for part in parts), default=0.0)
+        return cls(dtype, 2.0**-4, amax * 2 / 448 * 2.0**-10, quantised, True)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a tensor, all f64.
+
+    Attributes:
+        row: Of the tensor, the first one.
+        base, theirs, exact, ours: Before, in the merged model, exactly, and as our own merge has it.
+        noise: How far f32 arithmetic may stray.
+        rounded: Sum of the magnitudes that are rounded on the way, change by change.
+        effects: Of the changes.
+    """
+
+    row: int
+    base: Array
+    theirs: Array
+    exact: Array
+    ours: Array
+    noise: Array
+    rounded: Array
+    effects: tuple[Effect, ...]
+
+
+def _parts(loaded: plan.LoadedSteps, block: Block, theirs: Array, grid: Grid) -> list[_Part]:
+    """A block in pieces: each element takes a dozen f64 copies."""
+    xp = loaded.xp
+    base = loaded.base(block)
+    chain = list(loaded.chain(base, block))
+    noise, ours = loaded.noise(base, block), loaded.changed(base, block)
+    found = []
+    for first, last in exactness.cut(*plan.as_matrix(tuple(base.shape))):
+        w, m, our, stray = (xp.f64(x[first:last]) for x in (base, theirs, ours, noise))
+        before, rounded = w, abs(w) if grid.base else w * 0
+        for changed, effect in chain:
+            after = changed[first:last]
+            rounded = rounded + abs(after)
+            if effect is not Effect.REPLACE:
+                rounded = rounded + abs(after - before)
+            before = after
+        found.append(_Part(block.rows.start + first, w, m, before, our, stray, rounded, tuple(e for _, e in chain)))
+    return found
+
+
+@dataclass
+class Tally:
+    """Statistics of one tensor, gathered block by block.
+
+    Attributes:
+        sums: Distances from the exact tensor.
+        outside: Weights that no honest rounding of the kind explains.
+        rows: The first and the last row that has one.
+        moved2: Sum of squares of what the merged model moved the base by.
+        theirs, ours_dot: Of what theirs and ours moved it by, times the change.
+        floor2: Expected sum of squares of one rounding.
+        allowed2: Sum of squares of what was allowed.
+    """
+
+    xp: Backend
+    grid: Grid
+    sums: Sums = field(default_factory=Sums)
+    nonfinite: bool = False
+    count: int = 0
+    outside: int = 0
+    not_once: int = 0
+    rows: tuple[int, int] | None = None
+    moved: int = 0
+    meant_to_move: int = 0
+    moved2: float = 0.0
+    theirs: float = 0.0
+    ours_dot: float = 0.0
+    floor2: float = 0.0
+    allowed2: float = 0.0
+    loose: bool = False
+    _lean: float = 0.0
+    _lean2: float = 0.0
+
+    def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
+        """One block: `theirs` as the merged model has it."""
+        for part in _parts(loaded, block, theirs, self.grid):
+            self._add(part)
+
+    def _add(self, p: _Part) -> None:
+        xp = self.xp
+        delta, error = p.exact - p.base, abs(p.theirs - p.exact)
+        top = xp_maximum(xp, abs(p.theirs), abs(p.exact))
+        half = ulp(xp, top, self.grid.dtype) * 0.5
+        # Where W was rounded before, or each of several changes, no single rounding is the only honest one.
+        loose = self.grid.base or self.grid.coarse or len(p.effects) > 1
+        self.loose |= loose
+        if loose:
+            allowed = p.rounded * (self.grid.unit * 1.01) + p.noise + self.grid.tiny
+        else:
+            allowed = half + top * _F32 + p.noise
+        outside = error > allowed
+        self.not_once += int(outside.sum())
+        if not loose:
+            outside &= p.theirs != p.ours
+        if hit := int(outside.sum()):
+            self.outside += hit
+            self._note_rows(p.row, outside)
+        self.nonfinite |= not xp.finite(p.theirs)
+        self.count += math.prod(error.shape)
+        self.sums.add(delta, p.theirs - p.base)
+        self.sums.add_ulps(xp, error, p.base, p.exact, self.grid.dtype)
+        moved = p.theirs - p.base
+        self.moved += int((moved != 0).sum())
+        self.meant_to_move += int((p.ours != p.base).sum())
+        self.moved2 += float((moved * moved).sum())
+        self.theirs += float((moved * delta).sum())
+        self.ours_dot += float(((p.ours - p.base) * delta).sum())
+        self.floor2 += float((half * half).sum()) / 3
+        self.allowed2 += float((allowed * allowed).sum())
+        lean = (p.theirs - p.ours) * delta
+        self._lean += float(lean.sum())
+        self._lean2 += float((lean * lean).sum())
+
+    def _note_rows(self, row: int, outside: Array) -> None:
+        flags = outside.reshape(outside.shape[0], -1).any(1)
+        hit = [row + n for n, flag in enumerate(flags.tolist()) if flag]
+        first, last = self.rows or (hit[0], hit[-1])
+        self.rows = min(first, hit[0]), max(last, hit[-1])
+
+    def leans(self, bias: float = _BIAS) -> bool:
+        """Do the differences from our own merge lean along the change, or against it?"""
+        return abs(self._lean) > _LEAN * math.sqrt(self._lean2) + bias * self.sums.norm2
+
+    @property
+    def wrong(self) -> bool:
+        if self.grid.coarse:
+            return self.outside > 0
+        return self.outside > 0 or self.leans()
+
+    @property
+    def arithmetic(self) -> str | None:
+        """How an honest one was rounded; None where that is not told apart."""
+        if self.loose:
+            return None
+        return "once" if self.not_once == 0 else "ours"
+
+    @property
+    def factor(self) -> float | None:
+        """How many times the change is in it, against what our own merge keeps of it; None if that is nothing."""
+        return self.theirs / self.ours_dot if self.ours_dot > 0 else None
+
+    def left(self, factor: float) -> float:
+        """Sum of squares of what so many times the change does not explain."""
+        return max(0.0, self.moved2 - 2 * factor * self.theirs + factor**2 * self.sums.norm2)
+
+
+@dataclass
+class Coarser:
+    """Is a tensor explained by one of the coarser kinds of rounding? A second look, at those that need it."""
+
+    xp: Backend
+    grid: Grid
+    twice: bool = True
+    not_twice: int = 0
+    not_low: int = 0
+    not_once: int = 0
+    near: int = 0
+
+    def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
+        """One block."""
+        for part in _parts(loaded, block, theirs, self.grid):
+            self._add(part)
+
+    def _add(self, p: _Part) -> None:
+        xp, dtype = self.xp, self.grid.dtype
+
+        def half(values: Array) -> Array:
+            return ulp(xp, values, dtype) * 0.5
+
+        def top(values: Array) -> Array:
+            return xp_maximum(xp, abs(p.theirs), abs(values))
+
+        delta, error = p.exact - p.base, abs(p.theirs - p.exact)
+        once = half(top(p.exact)) + top(p.exact) * _F32 + p.noise
+        self.not_once += int((error > once).sum())
+        if p.effects == (Effect.ADD,):
+            rounded = xp.f64(xp.round(delta, dtype))
+            # Near a tie the change may have been rounded the other way.
+            to_tie = half(delta) - abs(delta - rounded)
+            other = (to_tie <= p.noise) * (2 * half(delta))
+            value = p.base + rounded
+            bound = half(top(value)) + top(value) * _F32 + other
+            self.not_twice += int((abs(p.theirs - value) > bound).sum())
+        else:
+            self.twice = False
+        # The factors rounded, their product, the scaled one: relative to the terms, as f32's noise is, only coarser.
+        low = p.noise * (self.grid.unit * 2.0**24 / 4) + abs(delta) * (self.grid.unit * 2)
+        if p.effects == (Effect.TRANSFORM,):
+            low = low + abs(p.exact) * (self.grid.unit * 2)
+        self.not_low += int((error > once + low).sum())
+        ours = xp.f64(xp.round(p.exact, dtype))
+        self.near += int((half(p.exact) - abs(p.exact - ours) <= low).sum())
+
+    def verdict(self, tally: Tally) -> str | None:
+        """`twice` or `low-precision`; None: neither explains it."""
+        if self.twice and self.not_twice == 0 and not tally.leans():
+            return "twice"
+        plausible = self.not_once >= _SHARE * self.near
+        if self.grid.unit > _UNIT["F32"] and self.not_low == 0 and plausible and not tally.leans(_LOW_BIAS):
+            return "low-precision"
+        return None
