@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from adapterpack import diagnosis, plan
 from adapterpack.accuracy import ModuleError, ratio
@@ -43,52 +44,111 @@ def compare(
     """
     base.need_weights()
     merged.need_weights()
-    wanted = {name: (name, steps) for name, steps in p.steps.items()}
-    if p.head is not None:
-        assert base.embedding is not None
-        wanted[p.head.name] = (base.embedding, p.head.steps)
-    findings: list[Finding] = []
-    errors: list[ModuleError] = []
+    job = _Job(p, base, merged, xp, max_error, only, rslora)
+    wanted = job.wanted
     names = [n for n in dict.fromkeys([*base.tensors, *wanted, *merged.tensors]) if only is None or n in only]
+    errors: list[ModuleError] = []
+    findings: list[Finding] = []
     for n, name in enumerate(names):
         if progress:
             progress("compare", n, len(names))
-        if name not in base.tensors and name not in wanted:
-            if not (name == base.head and _is_tied_copy(merged, name)):
-                findings.append(Finding("unexpected-tensor", name, "the base has no such tensor"))
-            continue
-        found = merged.tensors.get(name)
-        if found is None:
-            # A head that stayed equal may be left out of a tied model.
-            if not (name == base.head and merged.tied):
-                findings.append(Finding("missing-tensor", name, "the merged model lacks it"))
-                continue
-            found = merged.tensors[merged.embedding or name]
-        if name in wanted:
-            source, steps = wanted[name]
-            job = _Changed(name, base.tensors[source], found, steps, xp, rslora)
-            error, finding = job.compare(
-                base, merged, source, max_error, None if only is None else only[name], p.steps
-            )
-            errors += [error] if error else []
-            if finding and p.head is not None and name == p.head.name and _follows(merged, name):
-                finding = diagnosis.follows(name, merged.embedding or "")
-        else:
-            finding = _untouched(name, base.tensors[name], found)
+        error, finding = job.tensor(name)
+        errors += [error] if error else []
         findings += [finding] if finding else []
     if only is None:
         if _parted_but_tied(merged) and not _parted_but_tied(base):
-            findings.append(
-                Finding(
-                    "tied-config",
-                    "tie_word_embeddings",
-                    f"{merged.head} and {merged.embedding} differ, but config.json ties them: a loader drops one",
-                )
-            )
+            said = f"{merged.head} and {merged.embedding} differ, but config.json ties them: a loader drops one"
+            findings.append(Finding("tied-config", "tie_word_embeddings", said, "set tie_word_embeddings to false"))
         findings = [*diagnosis.in_common(findings, base, merged, wanted), *findings]
     if progress:
         progress("compare", len(names), len(names))
     return errors, findings
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `compare` was asked for."""
+
+    made: plan.Plan
+    base: Base
+    merged: Base
+    xp: Backend
+    max_error: float
+    only: Mapping[str, Sequence[int]] | None
+    rslora: bool
+
+    @cached_property
+    def wanted(self) -> dict[str, tuple[str, Sequence[plan.Step]]]:
+        """Name of each tensor that changes to that of the base tensor that it begins as, and its changes."""
+        found: dict[str, tuple[str, Sequence[plan.Step]]] = {name: (name, s) for name, s in self.made.steps.items()}
+        if self.made.head is not None:
+            assert self.base.embedding is not None
+            found[self.made.head.name] = (self.base.embedding, self.made.head.steps)
+        return found
+
+    def tensor(self, name: str) -> tuple[ModuleError | None, Finding | None]:
+        """The figures of one tensor, if it was to change, and what is wrong with it."""
+        base, merged = self.base, self.merged
+        if name not in base.tensors and name not in self.wanted:
+            if name == base.head and _is_tied_copy(merged, name):
+                return None, None
+            return None, Finding("unexpected-tensor", name, "the base has no such tensor")
+        found = merged.tensors.get(name)
+        if found is None:
+            # A head that stayed equal may be left out of a tied model.
+            if not (name == base.head and merged.tied):
+                return None, Finding("missing-tensor", name, "the merged model lacks it")
+            found = merged.tensors[merged.embedding or name]
+        if name not in self.wanted:
+            return None, _untouched(name, base.tensors[name], found)
+        error, finding = self._changed(name, found)
+        head = self.made.head
+        if finding and head is not None and name == head.name and _follows(merged, name):
+            finding = diagnosis.follows(name, merged.embedding or "")
+        return error, finding
+
+    def _changed(self, name: str, after: Tensor) -> tuple[ModuleError | None, Finding | None]:
+        source, steps = self.wanted[name]
+        before, xp = self.base.tensors[source], self.xp
+        if (before.dtype, before.shape) != (after.dtype, after.shape):
+            return None, _untouched(name, before, after)
+        loaded = plan.LoadedSteps.read(before, steps, xp, self.base.origin(source))
+        theirs = plan.LoadedSteps.read(after, (), xp)
+        grid = Grid.of(before.dtype, after, self.base, self.merged, name)
+        # Cut small in any case: the bits of our own merge need not be PEFT's here.
+        found = plan.blocks(before, [s for _, s in loaded.steps], xp, once=True)
+        pieces = [part for block in found for part in plan.parts(block, before.shape)]
+        if self.only is not None:
+            pieces = [pieces[n] for n in sorted({n % len(pieces) for n in self.only[name]})]
+        tally = Tally(xp, grid)
+        for block in pieces:
+            tally.add(loaded, block, theirs.base(block))
+        error = _error(name, tally, loaded)
+        if tally.nonfinite:
+            return error, Finding("nan", name, "the merged tensor has NaN or infinite values")
+        if tally.sums.rel_error <= self.max_error or not tally.wrong:
+            return replace(error, arithmetic=tally.arithmetic), None
+        if not tally.loose and tally.moved:
+            coarser = Coarser(xp, grid)
+            for block in pieces:
+                coarser.add(loaded, block, theirs.base(block))
+            if (kind := coarser.verdict(tally)) is not None:
+                return replace(error, arithmetic=kind), None
+        suspect = diagnosis.Suspect(name, tally, loaded, theirs, pieces, self.rslora)
+        return error, suspect.finding(self.made.steps)
+
+
+def _error(name: str, tally: Tally, loaded: plan.LoadedSteps) -> ModuleError:
+    norm = math.sqrt(tally.sums.norm2)
+    error = tally.sums.error(name, loaded.tensor.shape, dtype=loaded.tensor.dtype)
+    ranks = [p.rank for _, step in loaded.steps for p in step.change.products(step.kind)]
+    return replace(
+        error,
+        rank_a=max(ranks, default=None),
+        bound=ratio(math.sqrt(tally.allowed2), norm),
+        floor=ratio(math.sqrt(tally.floor2), norm),
+        factor=tally.factor,
+    )
 
 
 def told(errors: Sequence[ModuleError]) -> list[str]:
@@ -124,71 +184,3 @@ def _untouched(name: str, before: Tensor, after: Tensor) -> Finding | None:
     if not before.equals(after):
         return Finding(diagnosis.OUTSIDE, name, "it differs from the base, and the adapter does not change it")
     return None
-
-
-class _Changed:
-    """One tensor that an adapter changes."""
-
-    def __init__(
-        self, name: str, before: Tensor, after: Tensor, steps: Sequence[plan.Step], xp: Backend, rslora: bool
-    ) -> None:
-        self._name, self._before, self._after = name, before, after
-        self._steps, self._xp, self._rslora = steps, xp, rslora
-
-    def compare(
-        self,
-        base: Base,
-        merged: Base,
-        source: str,
-        max_error: float,
-        picks: Sequence[int] | None,
-        all_steps: Mapping[str, Sequence[plan.Step]],
-    ) -> tuple[ModuleError | None, Finding | None]:
-        """Its figures, and what is wrong with it.
-
-        Args:
-            source: Where its values come from: a head that was tied begins as the embeddings.
-            picks: Numbers that pick blocks; None: all.
-            all_steps: The changes of all tensors.
-        """
-        before, after, xp = self._before, self._after, self._xp
-        if (before.dtype, before.shape) != (after.dtype, after.shape):
-            return None, _untouched(self._name, before, after)
-        loaded = plan.LoadedSteps.read(before, self._steps, xp, base.origin(source))
-        theirs = plan.LoadedSteps.read(after, (), xp)
-        grid = Grid.of(before.dtype, after, base, merged, self._name)
-        # Cut small in any case: the bits of our own merge need not be PEFT's here.
-        found = plan.blocks(before, [s for _, s in loaded.steps], xp, once=True)
-        pieces = [part for block in found for part in plan.parts(block, before.shape)]
-        chosen = [pieces[n] for n in sorted({n % len(pieces) for n in picks})] if picks is not None else pieces
-        tally = Tally(xp, grid)
-        for block in chosen:
-            tally.add(loaded, block, theirs.base(block))
-        error = self._error(tally)
-        if tally.nonfinite:
-            return error, Finding("nan", self._name, "the merged tensor has NaN or infinite values")
-        if tally.sums.rel_error <= max_error or not tally.wrong:
-            return replace(error, arithmetic=tally.arithmetic), None
-        if not tally.loose and tally.moved:
-            coarser = Coarser(xp, grid)
-            for block in chosen:
-                coarser.add(loaded, block, theirs.base(block))
-            if (kind := coarser.verdict(tally)) is not None:
-                return replace(error, arithmetic=kind), None
-        suspect = diagnosis.Suspect(self._name, tally, loaded, theirs, chosen, self._rslora)
-        return error, suspect.finding(all_steps)
-
-    def _error(self, tally: Tally) -> ModuleError:
-        norm = math.sqrt(tally.sums.norm2)
-        error = tally.sums.error(self._name, self._before.shape, dtype=self._before.dtype)
-        return replace(
-            error,
-            rank_a=self._rank(),
-            bound=ratio(math.sqrt(tally.allowed2), norm),
-            floor=ratio(math.sqrt(tally.floor2), norm),
-            factor=tally.factor,
-        )
-
-    def _rank(self) -> int | None:
-        ranks = [step.change.products(step.kind) for step in self._steps]
-        return max((p.rank for products in ranks for p in products), default=None)

@@ -28,6 +28,7 @@ from adapterpack.base import Base
 from adapterpack.errors import Unsupported, WrongBase
 from adapterpack.methods import _lowrank
 from adapterpack.methods._changes import ReplaceChange
+from adapterpack.methods._formula import _LoadedDense
 from adapterpack.methods._parameters import LoadedStack
 from adapterpack.tensor import DType, Shape, Tensor
 from adapterpack.tiles import Lot
@@ -132,8 +133,8 @@ class _Comparison:
         notes = []
         if self._by_parameter:
             notes.append(
-                f"{self._by_parameter} modules depend on the base weights (DoRA): without --base they were compared"
-                " parameter by parameter"
+                f"{self._by_parameter} modules depend on the base weights (DoRA, OFT and their like): without --base"
+                " they were compared parameter by parameter"
             )
         if self._without_ulps:
             notes.append(
@@ -187,6 +188,9 @@ class _ShapesOf:
 
     def inside(self, tensor: str) -> None:
         return None
+
+    def modules(self) -> list[str]:
+        return []
 
 
 def _grouped(method: Method, adapter: Adapter, request: Request) -> dict[str, list[Change]]:
@@ -333,6 +337,9 @@ def _tiles(shape: Shape) -> Iterator[slice]:
 
 def _low_ranks(x: Loaded, y: Loaded) -> list[tuple[LowRank, LowRank]]:
     """The factors of both, matrix by matrix; empty if one has none, or they are of other numbers."""
+    if isinstance(x, _LoadedDense) is not isinstance(y, _LoadedDense):
+        # The factors of a formula are a claim, and this is where it is put to the test: what it adds is compared.
+        return []
     if isinstance(x, LoadedStack) and isinstance(y, LoadedStack):
         same = x.stack.experts == y.stack.experts
         return list(zip(x.low_ranks(), y.low_ranks(), strict=True)) if same else []
