@@ -126,6 +126,10 @@ class _Job:
         error = _error(name, tally, loaded)
         if tally.nonfinite:
             return error, Finding("nan", name, "the merged tensor has NaN or infinite values")
+        if tally.made_nonfinite:
+            return error, Finding(
+                "nan", name, "the adapter makes NaN or infinite values of it, the merged model has none"
+            )
         if tally.sums.rel_error <= self.max_error or not tally.wrong:
             return replace(error, arithmetic=tally.arithmetic), None
         if not tally.loose and tally.moved:

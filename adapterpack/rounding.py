@@ -30,8 +30,8 @@ _F32 = 1.01 * 2.0**-24
 _BIAS, _LOW_BIAS = 1e-3, 8e-3
 """Honest rounding is unbiased; the share of the change that may be missing on average all the same. In low precision
 the factors themselves were rounded."""
-_LEAN = 6.0
-"""Standard deviations."""
+_LEAN, _ROWS_LEAN = 6.0, 4.5
+"""Standard deviations, of the sum over all weights and of that over rows, of which there are fewer."""
 _SHARE = 2e-3
 """Of the weights so near to a tie that low precision may tip them, at least this share is tipped if it was that."""
 
@@ -114,6 +114,7 @@ class Tally:
 
     Attributes:
         sums: Distances from the exact tensor.
+        nonfinite, made_nonfinite: Has the merged tensor NaN or infinite values, and the exact one?
         outside: Weights that no honest rounding of the kind explains.
         rows: The first and the last row that has one.
         moved2: Sum of squares of what the merged model moved the base by.
@@ -126,6 +127,7 @@ class Tally:
     grid: Grid
     sums: Sums = field(default_factory=Sums)
     nonfinite: bool = False
+    made_nonfinite: bool = False
     count: int = 0
     outside: int = 0
     not_once: int = 0
@@ -166,6 +168,7 @@ class Tally:
             self.outside += hit
             self._note_rows(p.row, outside)
         self.nonfinite |= not xp.finite(p.theirs)
+        self.made_nonfinite |= not xp.finite(p.exact)
         self.count += math.prod(error.shape)
         self.sums.add(delta, p.theirs - p.base)
         self.sums.add_ulps(xp, error, p.base, p.exact, self.grid.dtype)
@@ -225,6 +228,8 @@ class Coarser:
     not_low: int = 0
     not_once: int = 0
     near: int = 0
+    _rows: float = 0.0
+    _rows2: float = 0.0
 
     def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
         """One block."""
@@ -254,18 +259,25 @@ class Coarser:
         else:
             self.twice = False
         # The factors rounded, their product, the scaled one: relative to the terms, as f32's noise is, only coarser.
-        low = p.noise * (self.grid.unit * 2.0**24 / 4) + abs(delta) * (self.grid.unit * 2)
+        low = p.noise * (self.grid.unit * 2.0**24 / 4) + abs(delta) * (self.grid.unit * 2) + self.grid.tiny * 8
         if p.effects == (Effect.TRANSFORM,):
             low = low + abs(p.exact) * (self.grid.unit * 2)
         self.not_low += int((error > once + low).sum())
         ours = xp.f64(xp.round(p.exact, dtype))
         self.near += int((half(p.exact) - abs(p.exact - ours) <= low).sum())
+        along = ((p.theirs - ours) * p.exact).reshape(p.exact.shape[0], -1).sum(1)
+        self._rows += float(along.sum())
+        self._rows2 += float((along * along).sum())
+
+    @property
+    def _shrinks(self) -> bool:
+        """Do weights lean towards zero, or away from it, row after row? Bits that are cut off do that."""
+        return abs(self._rows) > _ROWS_LEAN * math.sqrt(self._rows2)
 
     def verdict(self, tally: Tally) -> str | None:
         """`twice` or `low-precision`; None: neither explains it."""
         if self.twice and self.not_twice == 0 and not tally.leans():
             return "twice"
         plausible = self.not_once >= _SHARE * self.near
-        if self.grid.unit > _UNIT["F32"] and self.not_low == 0 and plausible and not tally.leans(_LOW_BIAS):
-            return "low-precision"
-        return None
+        honest = plausible and not tally.leans(_LOW_BIAS) and not self._shrinks
+        return "low-precision" if self.grid.unit > _UNIT["F32"] and self.not_low == 0 and honest else None

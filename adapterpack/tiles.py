@@ -19,7 +19,7 @@ from adapterpack.methods import _lowrank
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
 
-_HOST, _DEVICE = 96 << 20, 2 << 30
+_HOST, _DEVICE = 48 << 20, 2 << 30
 """Bytes that factors of pairs and their f64 copies may take at a time, in the CPU's memory and in a device's."""
 _TILE = 1 << 21
 """Elements of a tile on the CPU: 8 MiB of f32."""
