@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterpack import exactness, plan
 from adapterpack.accuracy import TINY, Sums, ulp, xp_maximum
@@ -32,6 +32,11 @@ _BIAS, _LOW_BIAS = 1e-3, 8e-3
 the factors themselves were rounded."""
 _LEAN, _ROWS_LEAN = 6.0, 4.5
 """Standard deviations, of the sum over all weights and of that over rows, of which there are fewer."""
+_MOST_F32 = 2.0**-18
+"""Of the largest weight, more than f32 arithmetic ever loses: where our own merge is farther off, PEFT rounds to 16
+bits on its way."""
+_SPREAD = 0.5
+"""Of the rows and columns that flipped weights would hit if they lay anywhere: faults lie in some place."""
 _SHARE = 2e-3
 """Of the weights so near to a tie that low precision may tip them, at least this share is tipped if it was that."""
 
@@ -74,6 +79,8 @@ class _Part:
         row: Of the tensor, the first one.
         base, theirs, exact, ours: Before, in the merged model, exactly, and as our own merge has it.
         noise: How far f32 arithmetic may stray.
+        once: How far from `exact` a single rounding may end.
+        rough: Does PEFT's own arithmetic end farther off, in `ours`?
         rounded: Sum of the magnitudes that are rounded on the way, change by change.
         effects: Of the changes.
     """
@@ -84,6 +91,8 @@ class _Part:
     exact: Array
     ours: Array
     noise: Array
+    once: Array
+    rough: bool
     rounded: Array
     effects: tuple[Effect, ...]
 
@@ -104,8 +113,32 @@ def _parts(loaded: plan.LoadedSteps, block: Block, theirs: Array, grid: Grid) ->
             if effect is not Effect.REPLACE:
                 rounded = rounded + abs(after - before)
             before = after
-        found.append(_Part(block.rows.start + first, w, m, before, our, stray, rounded, tuple(e for _, e in chain)))
+        top = xp_maximum(xp, abs(m), abs(before))
+        once = ulp(xp, top, grid.dtype) * 0.5 + top * _F32
+        rough = False
+        if grid.dtype.bits == 16:
+            most = _MOST_F32 * (float(abs(before).max()) + float(abs(w).max()))
+            rough = bool((abs(our - before) > once + most).any())
+            stray = stray.clip(None, most) if rough else stray
+        effects = tuple(e for _, e in chain)
+        row = block.rows.start + first
+        found.append(_Part(row, w, m, before, our, stray, once + stray, rough, rounded, effects))
     return found
+
+
+@dataclass
+class _Lean:
+    """A sum of terms of either sign, and whether that is more than chance."""
+
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, terms: Array) -> None:
+        self.total += float(terms.sum())
+        self.squares += float((terms * terms).sum())
+
+    def leans(self, deviations: float, slack: float = 0.0) -> bool:
+        return abs(self.total) > deviations * math.sqrt(self.squares) + slack
 
 
 @dataclass
@@ -140,8 +173,8 @@ class Tally:
     floor2: float = 0.0
     allowed2: float = 0.0
     loose: bool = False
-    _lean: float = 0.0
-    _lean2: float = 0.0
+    _lean: _Lean = field(default_factory=lambda: _Lean())
+    _lean_once: _Lean = field(default_factory=lambda: _Lean())
 
     def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
         """One block: `theirs` as the merged model has it."""
@@ -151,15 +184,11 @@ class Tally:
     def _add(self, p: _Part) -> None:
         xp = self.xp
         delta, error = p.exact - p.base, abs(p.theirs - p.exact)
-        top = xp_maximum(xp, abs(p.theirs), abs(p.exact))
-        half = ulp(xp, top, self.grid.dtype) * 0.5
+        half = ulp(xp, xp_maximum(xp, abs(p.theirs), abs(p.exact)), self.grid.dtype) * 0.5
         # Where W was rounded before, or each of several changes, no single rounding is the only honest one.
         loose = self.grid.base or self.grid.coarse or len(p.effects) > 1
         self.loose |= loose
-        if loose:
-            allowed = p.rounded * (self.grid.unit * 1.01) + p.noise + self.grid.tiny
-        else:
-            allowed = half + top * _F32 + p.noise
+        allowed = p.rounded * (self.grid.unit * 1.01) + p.noise + self.grid.tiny if loose else p.once
         outside = error > allowed
         self.not_once += int(outside.sum())
         if not loose:
@@ -180,9 +209,10 @@ class Tally:
         self.ours_dot += float(((p.ours - p.base) * delta).sum())
         self.floor2 += float((half * half).sum()) / 3
         self.allowed2 += float((allowed * allowed).sum())
-        lean = (p.theirs - p.ours) * delta
-        self._lean += float(lean.sum())
-        self._lean2 += float((lean * lean).sum())
+        self._lean.add((p.theirs - p.ours) * delta)
+        # Where PEFT rounds on its way its own merge may lean: one that was rounded once need not lean with it.
+        plain = xp.f64(xp.round(p.exact, self.grid.dtype)) if p.rough else p.ours
+        self._lean_once.add((p.theirs - plain) * delta)
 
     def _note_rows(self, row: int, outside: Array) -> None:
         flags = outside.reshape(outside.shape[0], -1).any(1)
@@ -192,7 +222,8 @@ class Tally:
 
     def leans(self, bias: float = _BIAS) -> bool:
         """Do the differences from our own merge lean along the change, or against it?"""
-        return abs(self._lean) > _LEAN * math.sqrt(self._lean2) + bias * self.sums.norm2
+        slack = bias * self.sums.norm2
+        return self._lean.leans(_LEAN, slack) and self._lean_once.leans(_LEAN, slack)
 
     @property
     def wrong(self) -> bool:
@@ -226,10 +257,12 @@ class Coarser:
     twice: bool = True
     not_twice: int = 0
     not_low: int = 0
-    not_once: int = 0
     near: int = 0
-    _rows: float = 0.0
-    _rows2: float = 0.0
+    flipped: int = 0
+    height: int = 0
+    rows_hit: int = 0
+    _columns: Any = None
+    _along: _Lean = field(default_factory=_Lean)
 
     def add(self, loaded: plan.LoadedSteps, block: Block, theirs: Array) -> None:
         """One block."""
@@ -242,42 +275,53 @@ class Coarser:
         def half(values: Array) -> Array:
             return ulp(xp, values, dtype) * 0.5
 
-        def top(values: Array) -> Array:
-            return xp_maximum(xp, abs(p.theirs), abs(values))
-
         delta, error = p.exact - p.base, abs(p.theirs - p.exact)
-        once = half(top(p.exact)) + top(p.exact) * _F32 + p.noise
-        self.not_once += int((error > once).sum())
+        self._spread_of((error > p.once) & (p.theirs != p.ours))
         if p.effects == (Effect.ADD,):
             rounded = xp.f64(xp.round(delta, dtype))
             # Near a tie the change may have been rounded the other way.
             to_tie = half(delta) - abs(delta - rounded)
             other = (to_tie <= p.noise) * (2 * half(delta))
             value = p.base + rounded
-            bound = half(top(value)) + top(value) * _F32 + other
+            top = xp_maximum(xp, abs(p.theirs), abs(value))
+            bound = half(top) + top * _F32 + other
             self.not_twice += int((abs(p.theirs - value) > bound).sum())
         else:
             self.twice = False
         # The factors rounded, their product, the scaled one: relative to the terms, as f32's noise is, only coarser.
         low = p.noise * (self.grid.unit * 2.0**24 / 4) + abs(delta) * (self.grid.unit * 2) + self.grid.tiny * 8
         if p.effects == (Effect.TRANSFORM,):
-            low = low + abs(p.exact) * (self.grid.unit * 2)
-        self.not_low += int((error > once + low).sum())
+            # Of W, its change and their product.
+            low = (abs(p.exact) + abs(p.base)) * (self.grid.unit * 3) + self.grid.tiny * 8
+        self.not_low += int((error > p.once + low).sum())
         ours = xp.f64(xp.round(p.exact, dtype))
         self.near += int((half(p.exact) - abs(p.exact - ours) <= low).sum())
-        along = ((p.theirs - ours) * p.exact).reshape(p.exact.shape[0], -1).sum(1)
-        self._rows += float(along.sum())
-        self._rows2 += float((along * along).sum())
+        self._along.add(((p.theirs - ours) * p.exact).reshape(p.exact.shape[0], -1).sum(1))
+
+    def _spread_of(self, flipped: Array) -> None:
+        flags = flipped.reshape(flipped.shape[0], -1)
+        self.flipped += int(flags.sum())
+        self.height += flags.shape[0]
+        self.rows_hit += int(flags.any(1).sum())
+        hit = flags.any(0)
+        self._columns = hit if self._columns is None else self._columns | hit
+
+    @property
+    def _everywhere(self) -> bool:
+        """Do the flipped weights lie in as many rows and columns as such a number would by chance?"""
+        width = self._columns.shape[0]
+        hits = ((self.rows_hit, self.height), (int(self._columns.sum()), width))
+        return all(hit >= _SPREAD * n * -math.expm1(-self.flipped / n) for hit, n in hits)
 
     @property
     def _shrinks(self) -> bool:
         """Do weights lean towards zero, or away from it, row after row? Bits that are cut off do that."""
-        return abs(self._rows) > _ROWS_LEAN * math.sqrt(self._rows2)
+        return self._along.leans(_ROWS_LEAN)
 
     def verdict(self, tally: Tally) -> str | None:
         """`twice` or `low-precision`; None: neither explains it."""
         if self.twice and self.not_twice == 0 and not tally.leans():
             return "twice"
-        plausible = self.not_once >= _SHARE * self.near
-        honest = plausible and not tally.leans(_LOW_BIAS) and not self._shrinks
+        plausible = self.flipped >= _SHARE * self.near
+        honest = plausible and self._everywhere and not tally.leans(_LOW_BIAS) and not self._shrinks
         return "low-precision" if self.grid.unit > _UNIT["F32"] and self.not_low == 0 and honest else None
