@@ -348,21 +348,6 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class ModuleError:
-    """How far two versions of one base tensor, or of its change, lie apart.
-
-    Attributes:
-        name: The base tensor.
-        max_abs_error: Largest absolute difference of an element.
-        rel_error: Frobenius norm of the difference over that of the reference's change, in f64; 0/0 is 0.
-    """
-
-    name: str
-    max_abs_error: float
-    rel_error: float
-
-
-@dataclass(frozen=True)
 class Request:
     """What a conversion may use.
 

@@ -38,6 +38,10 @@ _TORCH_NAMES = {
 }
 
 
+_EXPONENT = 0x7FF0000000000000
+"""The bits of a double that are its exponent."""
+
+
 class Backend(Protocol):
     """An array library, where it computes, and the few operations that the two spell differently.
 
@@ -91,8 +95,20 @@ class Backend(Protocol):
         """
         ...
 
+    def full_precision(self) -> AbstractContextManager[object]:
+        """While this is open, f32 products are f32 products: no TF32 on a GPU, no bf16 in oneDNN."""
+        ...
+
+    def for_proofs(self) -> Backend:
+        """Where f64 is at hand: here, or on the CPU if this device knows none (Apple's)."""
+        ...
+
     def finite(self, values: Array) -> bool:
         """Are all of them finite?"""
+        ...
+
+    def binade(self, values: Array) -> Array:
+        """f64 values' magnitudes, rounded down to powers of two; 0 of 0, infinity of what is not finite."""
         ...
 
     def rows_norm(self, values: Array) -> Array:
@@ -126,6 +142,12 @@ class NumpyBackend:
 
         limits: AbstractContextManager[object] = threadpool_limits(1, "blas")
         return limits
+
+    def full_precision(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def for_proofs(self) -> Backend:
+        return self
 
     def array(self, data: bytes, dtype: DType, shape: tuple[int, ...]) -> Array:
         import numpy as np
@@ -161,6 +183,11 @@ class NumpyBackend:
         import numpy as np
 
         return bool(np.isfinite(values).all())
+
+    def binade(self, values: Array) -> Array:
+        import numpy as np
+
+        return (np.ascontiguousarray(values).view(np.int64) & _EXPONENT).view(np.float64)
 
     def rows_norm(self, values: Array) -> Array:
         import numpy as np
@@ -269,6 +296,26 @@ class TorchBackend:
 
     def finite(self, values: Array) -> bool:
         return bool(self.torch.isfinite(values).all())
+
+    def binade(self, values: Array) -> Array:
+        bits = values.contiguous().view(self.torch.int64)
+        return (bits & _EXPONENT).view(self.torch.float64)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        before = self._torch.get_float32_matmul_precision()
+        self._torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            self._torch.set_float32_matmul_precision(before)
+
+    def for_proofs(self) -> Backend:
+        try:
+            self._torch.zeros(1, dtype=self._torch.float64, device=self._device)
+        except (TypeError, RuntimeError):
+            return TorchBackend("cpu")
+        return self
 
     def rows_norm(self, values: Array) -> Array:
         return self.torch.linalg.norm(values, dim=1)

@@ -231,7 +231,7 @@ def parts(base: Base, p: plan.Plan, xp: Backend, *, once: bool) -> bool:
         differ = True
         if not p.head.one:
             return True
-        x, y = (side.exact(w, block)[0] for side in sides)
+        x, y = (side.exact(w, block) for side in sides)
         apart += float(((x - y) ** 2).sum())
         change += float(((x - xp.f64(w)) ** 2).sum())
     # Both were trained as one: what differs is the order of f32 sums, unless it is more than that.

@@ -15,7 +15,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.conversion import Conversion
 from adapterpack.errors import LossRefused, WrongBase
 from adapterpack.methods._keys import render
-from adapterpack.verify import compare, worst
+from adapterpack.pairs import compare, worst
 
 _SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What a LoRA's scales come from."""

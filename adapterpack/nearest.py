@@ -265,4 +265,4 @@ def _delta(target: str, changes: list[Change], request: Request) -> tuple[Array,
 def _new_values(target: str, changes: list[Change], request: Request) -> Tensor:
     """A bias as it becomes, f32."""
     loaded, block = _loaded(target, changes, request)
-    return request.xp.tensor(request.xp.f32(loaded.exact(loaded.base(block), block)[0]))
+    return request.xp.tensor(request.xp.f32(loaded.exact(loaded.base(block), block)))

@@ -333,20 +333,17 @@ class LoadedSteps:
                 w = change.apply(w, step.block(block))
         return xp.f32(w)
 
-    def exact(self, w: Array, block: Block) -> tuple[Array, Array]:
-        """The changed block in f64, and the sum of the magnitudes that an honest merge rounds on the way.
-
-        Each step's result is rounded; and some tools round an added delta before they add it.
-        """
+    def chain(self, w: Array, block: Block) -> Iterator[tuple[Array, Effect]]:
+        """The block in f64 after each of its changes, one after the other."""
         w = self.xp.f64(w)
-        rounded = w * 0
         for change, step in self._at(block):
-            changed = change.exact(w, step.block(block))
-            rounded = rounded + abs(changed)
-            if step.change.effect is not Effect.REPLACE:
-                rounded = rounded + abs(changed - w)
-            w = changed
-        return w, rounded
+            w = change.exact(w, step.block(block))
+            yield w, step.change.effect
+
+    def exact(self, w: Array, block: Block) -> Array:
+        """The changed block in f64."""
+        stages = [changed for changed, _ in self.chain(w, block)]
+        return stages[-1] if stages else self.xp.f64(w)
 
     def noise(self, w: Array, block: Block) -> Array:
         """How far f32 arithmetic may stray from `exact`, element by element, f32."""

@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -16,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from test_convert import relative
 
 import adapterpack
+from adapterpack.adapter import Param
 from adapterpack.errors import UsageError, WrongBase
+from adapterpack.tensor import from_numpy
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -521,3 +525,112 @@ def test_a_module_that_only_the_vera_side_has_is_a_finding_without_any_base(tmp_
     for a, b in (("a", "lora"), ("lora", "a")):
         result = adapterpack.verify(tmp_path / a, tmp_path / b)
         assert [(f.code, f.key) for f in result.findings] == [("missing-module", f"{gone}.weight")]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", ["linear-llama", "conv1d", "embedding-llama", "dora-linear"])
+def test_figures_are_those_of_dense_arithmetic(name, dtype, workshop, files, tmp_path: Path) -> None:
+    """Norms, cosine and units in the last place, against the merged weights of both in f64."""
+    adapter, base = workshop.pair(name, dtype)
+    moved = {k: t * 1.01 for k, t in files.tensors(adapter).items() if "lora_B" in k or "embedding_B" in k}
+    other = files.edited(adapter, tmp_path / "b", moved)
+    w = {k: t.double() for k, t in files.tensors(workshop.base(cases.BY_NAME[name].kind, dtype)).items()}
+    result = adapterpack.verify(adapter, other, base=base, device="cpu")
+    assert result.against == "adapter" and result.base == str(base) and result.device == "torch cpu"
+    merged = [oracle.peft_merge(oracle.load_base(base, torch.float64), d, autocast=False) for d in (adapter, other)]
+    kind = cases.DTYPES[dtype]
+    squares = {"d": 0.0, "x": 0.0}
+    for module in result.modules:
+        key = next(k for k in w if k.endswith(module.name))
+        x, y = (m[next(k for k in m if k.endswith(module.name))].double() for m in merged)
+        dx, dy, d = x - w[key], y - w[key], y - x
+        assert module.norm == pytest.approx(float(dx.norm()), rel=1e-4)
+        assert module.norm_b == pytest.approx(float(dy.norm()), rel=1e-4)
+        assert module.difference == pytest.approx(float(d.norm()), rel=1e-3)
+        assert module.cosine == pytest.approx(float((dx * dy).sum() / dx.norm() / dy.norm()), abs=1e-6)
+        top = torch.maximum(x.abs(), w[key].abs()).to(kind)
+        below = top.double() > torch.maximum(x.abs(), w[key].abs())
+        top = torch.where(below, torch.nextafter(top, torch.zeros_like(top)), top)
+        units = d.abs() / (torch.nextafter(top, torch.full_like(top, 9)).double() - top.double())
+        assert module.mean_ulp == pytest.approx(float(units.mean()), rel=2e-3)
+        assert module.max_ulp == pytest.approx(float(units.max()), rel=2e-2)
+        assert module.dtype == {"f32": "F32", "bf16": "BF16", "f16": "F16"}[dtype]
+        squares = {"d": squares["d"] + float(d.norm()) ** 2, "x": squares["x"] + float(dx.norm()) ** 2}
+    assert result.pooled.rel_error == pytest.approx((squares["d"] / squares["x"]) ** 0.5, rel=1e-3)
+    assert result.pooled.modules == len(result.modules)
+    assert result.pooled.max_ulp == max(m.max_ulp for m in result.modules)
+
+
+def test_ranks_are_told_and_parameters_are_not_called_norms_of_a_change(workshop, files, tmp_path: Path) -> None:
+    adapter, _ = workshop.pair("linear-llama")
+    tensors = files.tensors(adapter)
+    doubled = {k: torch.cat([t, t], 0 if "lora_A" in k else 1) for k, t in tensors.items()}
+    result = adapterpack.verify(adapter, files.edited(adapter, tmp_path / "b", doubled, {"r": 8, "lora_alpha": 6}))
+    assert {(m.rank_a, m.rank_b) for m in result.modules} == {(4, 8)}
+    dora, _ = workshop.pair("dora-linear")
+    alone = adapterpack.verify(dora, dora)
+    assert alone.equal and alone.pooled.modules == 0
+    assert {(m.norm, m.cosine, m.mean_ulp) for m in alone.modules} == {(None, None, None)}
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_a_merged_model_is_told_beside_what_rounding_leaves(dtype, honest) -> None:
+    adapter, base, merged = honest(dtype)
+    result = adapterpack.verify(adapter, merged, base=base, device="cpu")
+    assert result.against == "merged" and result.method_b is None
+    for m in result.modules:
+        assert m.rel_error <= m.bound and m.factor == pytest.approx(1, abs=1e-3)
+        assert m.rank_a == 4 and m.arithmetic == "once"
+        if dtype != "f32":
+            assert m.rel_error == pytest.approx(m.floor, rel=0.15)
+            assert m.mean_ulp == pytest.approx(0.25, abs=0.02)
+            assert 0.49 < m.max_ulp <= 0.51
+    assert any("rounded once" in note for note in result.notes)
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_how_seeded_tensors_were_drawn_is_found_and_said(dtype, workshop) -> None:
+    adapter, base = workshop.pair("projection-key", dtype)
+    result = adapterpack.verify(adapter, adapter, base=base, device="cpu")
+    through = {"f32": "F32", "bf16": "BF16", "f16": "F16"}[dtype]
+    drawn = [r for r in result.regenerated if r.side == "A"]
+    assert {(r.name, r.by) for r in drawn} == {(n, b) for n in ("vera_A", "vera_B") for b in ("numpy", "torch cpu")}
+    numpy = {(r.arithmetic, r.through, r.against, r.agrees) for r in drawn if r.by == "numpy"}
+    assert len(numpy) == 1
+    arithmetic, *rest = numpy.pop()
+    assert rest == [through, "stored tensor", True] and arithmetic in ("fused", "two-roundings")
+    assert any(f"in {arithmetic} arithmetic" in n and "give the same bits" in n for n in result.notes)
+
+
+def test_projections_of_no_known_seed_are_a_note_and_no_fault(workshop, files, tmp_path: Path) -> None:
+    adapter, _ = workshop.pair("projection-key")
+    other = files.edited(adapter, tmp_path / "b", config={"projection_prng_key": 9})
+    result = adapterpack.verify(other, other, device="cpu")
+    assert result.equal
+    assert any("no known arithmetic" in n for n in result.notes)
+    assert {r.agrees for r in result.regenerated} == {False}
+
+
+@pytest.mark.parametrize("arithmetic", ["fused", "two-roundings"])
+@pytest.mark.parametrize("through", ["F32", "BF16", "F16"])
+def test_the_arithmetic_of_a_recipe_on_a_device_is_that_of_numpy(arithmetic, through) -> None:
+    from adapterpack import regeneration
+    from adapterpack.backend import TorchBackend
+    from adapterpack.methods import METHODS
+    from adapterpack.tensor import DTYPES
+
+    bank = {"vera_A": (5, 301), "vera_B": (203, 5)}
+    shared = {n: Param(f"base_model.{n}", from_numpy(np.zeros(s, np.float32))) for n, s in bank.items()}
+    a = SimpleNamespace(encoding="projection", shared=shared, config={"projection_prng_key": 77, "r": 5}, modules={})
+    a.modules["m"] = {"lambda_b": Param("b", from_numpy(np.zeros(203, np.float32)))}
+    a.modules["m"] |= {"lambda_d": Param("d", from_numpy(np.zeros(5, np.float32)))}
+    found = [r for r in METHODS["VERA"].recipes(a) if (r.arithmetic, r.through) == (arithmetic, DTYPES[through])]
+    assert len(found) == 1
+    drawn = regeneration.on_device(TorchBackend("cpu"), found[0])
+    assert {n: t.digest() for n, t in drawn.items()} == {n: t.digest() for n, t in found[0].draw().items()}

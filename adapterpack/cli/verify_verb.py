@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable
+
 import click
 
+from adapterpack.accuracy import ModuleError
 from adapterpack.cli import _output as out
 from adapterpack.verify import Verification, verify
 
@@ -63,16 +68,58 @@ def command(
 
 
 def _print(r: Verification) -> None:
+    bound = "" if math.isinf(r.max_error) else f", allowed {out.number(r.max_error)}"
+    verdict = click.style("equal" if r.equal else "different", fg="green" if r.equal else "red", bold=True)
+    faults = sum(not f.warning for f in r.findings)
+    found = f"; {faults} findings" if faults else ""
+    click.echo(
+        f"{verdict}: {len(r.modules)} modules, worst relative error {out.number(r.max_rel_error)}{bound}{found}"
+    )
     for f in r.findings[:_SHOWN]:
-        click.echo(f"finding: {f.code}: {f.key}: {f.message}")
+        click.echo(f"{'warning' if f.warning else 'finding'}: {f.code}: {f.key}: {f.message}")
     if len(r.findings) > _SHOWN:
-        click.echo(f"... and {len(r.findings) - _SHOWN} more findings; --json has them all")
+        counts = Counter(f.code for f in r.findings[_SHOWN:])
+        others = ", ".join(f"{n} {code}" for code, n in counts.most_common())
+        click.echo(f"... and {len(r.findings) - _SHOWN} more findings ({others}); --json has them all")
     if r.modules:
-        rows = [[m.name, out.number(m.rel_error), out.number(m.max_abs_error)] for m in r.modules[:_SHOWN]]
-        out.table(rows, ["worst modules", "relative error", "largest error"], right=(1, 2))
-        if len(r.modules) > _SHOWN:
-            click.echo(f"... and {len(r.modules) - _SHOWN} better ones")
-    bound = "" if r.max_error == float("inf") else f", allowed {out.number(r.max_error)}"
-    verdict = "equal" if r.equal else "different"
-    click.echo(f"{verdict}: {len(r.modules)} modules, worst relative error {out.number(r.max_rel_error)}{bound}")
+        _print_modules(r)
     out.say(r.notes)
+
+
+def _print_modules(r: Verification) -> None:
+    """The worst modules and all of them as one: only columns that somebody has something in."""
+    merged = r.against == "merged"
+    columns: list[tuple[str, Callable[[ModuleError], str], str]] = [
+        ("relative error", lambda m: out.number(m.rel_error), out.number(r.pooled.rel_error)),
+        ("rounding leaves", lambda m: _or_nothing(m.floor if merged else None), ""),
+        ("largest error", lambda m: out.number(m.max_abs_error), out.number(r.pooled.max_abs_error)),
+        ("cosine", lambda m: _cosine(m.cosine), _cosine(r.pooled.cosine)),
+        ("mean ulp", lambda m: _or_nothing(m.mean_ulp), _or_nothing(r.pooled.mean_ulp)),
+        ("max ulp", lambda m: _or_nothing(m.max_ulp), _or_nothing(r.pooled.max_ulp)),
+        ("rank", lambda m: _ranks(m), ""),
+    ]
+    shown = r.modules[:_SHOWN]
+    used = [c for c in columns if any(c[1](m) for m in shown)]
+    rows = [[m.name, *(cell(m) for _, cell, _ in used)] for m in shown]
+    if r.pooled.modules > 1:
+        rows.append([f"all {r.pooled.modules} pooled", *(pooled for _, _, pooled in used)])
+    out.table(rows, ["worst modules", *(name for name, _, _ in used)], right=range(1, len(used) + 1))
+    if len(r.modules) > _SHOWN:
+        click.echo(f"... and {len(r.modules) - _SHOWN} better ones; --json has them all")
+
+
+def _or_nothing(x: float | None) -> str:
+    return "" if x is None else out.number(x)
+
+
+def _cosine(x: float | None) -> str:
+    """1 - 3e-9 and not 1.000000: that is where it tells anything."""
+    if x is None:
+        return ""
+    gap = 1 - x
+    return "1" if gap <= 0 else f"1 - {gap:.1e}" if gap < 1e-3 else f"{x:.4f}"
+
+
+def _ranks(m: ModuleError) -> str:
+    ranks = [str(r) for r in dict.fromkeys((m.rank_a, m.rank_b)) if r is not None]
+    return ", ".join(ranks)

@@ -10,8 +10,8 @@ from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Reque
 from adapterpack.codecs.lines import Quantised
 from adapterpack.methods import vblora
 from adapterpack.methods._keys import flag
+from adapterpack.pairs import compare
 from adapterpack.quantise import experts, lora, rounds
-from adapterpack.verify import compare
 
 if TYPE_CHECKING:
     from adapterpack.base import Base
