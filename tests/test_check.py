@@ -172,7 +172,7 @@ def test_what_it_says_names_the_tensor_and_a_way_out(place: Path, tmp_path: Path
     tensors[key].view(-1)[0] = float("nan")
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_bytes((place / "lora" / "adapter_config.json").read_bytes())
-    [finding] = adapterpack.check(tmp_path).findings
+    [finding] = [f for f in adapterpack.check(tmp_path).findings if not f.warning]
     assert (finding.code, finding.key) == ("nan", key)
     assert finding.fix
     assert "1 of" in finding.message
