@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterpack import containers, engines, hub, methods, sources
@@ -14,6 +14,9 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.engine_rules import Facts
 from adapterpack.errors import AdapterpackError, InvalidFile, Unsupported, WrongBase
 from adapterpack.health import configs, naming, scope, values, weight
+
+_FIX = "save the adapter again, by the code that trained it"
+"""Where a finding knows no other way out."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def check(
 
 def health_of(findings: list[Finding], notes: list[str]) -> Health:
     """The verdict on findings; faults stand first."""
-    ordered = sorted(findings, key=lambda f: f.warning)
+    ordered = sorted((replace(f, fix=f.fix or _FIX) for f in findings), key=lambda f: f.warning)
     return Health(all(f.warning for f in ordered), tuple(ordered), tuple(dict.fromkeys(notes)))
 
 

@@ -154,7 +154,7 @@ class _Surgeon:
             if made is None or again is None or same in {(f.code, f.key) for f in again}:
                 hopeless.add(same)
                 continue
-            c, findings = made[0], again
+            c, findings, hopeless = made[0], again, set()
             fixed.append(Repaired(*same, made[1]))
         return c, tuple(fixed)
 

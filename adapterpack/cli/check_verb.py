@@ -94,10 +94,20 @@ def command(
         _print_findings(found.findings)
         faults = sum(not f.warning for f in found.findings)
         verdict = "healthy" if found.healthy else f"unhealthy: {faults} fault{'s' * (faults != 1)}"
+        if destination is None:
+            verdict += _mendable(found.findings)
         click.echo(f"{'the copy is ' if destination is not None else ''}{verdict}")
         out.say(found.notes)
     if not found.healthy:
         ctx.exit(UNHEALTHY)
+
+
+def _mendable(findings: Sequence[Finding]) -> str:
+    """What a repair may help."""
+    from adapterpack.health.mending import MENDERS
+
+    codes = dict.fromkeys(f.code for f in findings if f.code in MENDERS)
+    return f"; --fix DST tries to mend {', '.join(codes)}" if codes else ""
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:

@@ -15,6 +15,7 @@ from adapterpack.adapter import Adapter, Finding, Method, Param, Request
 from adapterpack.backend import Backend
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
+from adapterpack.errors import AdapterpackError
 from adapterpack.health import configs, fields, naming, scope
 from adapterpack.methods import vblora
 from adapterpack.methods._keys import PREFIX, render
@@ -55,7 +56,11 @@ Mended = tuple[Checkpoint, str] | None
 def mend(patient: Patient, finding: Finding) -> Mended:
     """Mend one fault; None where it cannot be."""
     mender = MENDERS.get(finding.code)
-    return None if mender is None else mender(patient, finding)
+    try:
+        return None if mender is None else mender(patient, finding)
+    except AdapterpackError:
+        # Another fault stands before it; it is tried again once that one is gone.
+        return None
 
 
 def _edited(
@@ -119,7 +124,8 @@ def _rename_modules(p: Patient, finding: Finding) -> Mended:
     if p.model is None or p.adapter is None:
         return None
     moved: dict[str, str] = {}
-    for old, new in naming.renamed_modules(p.adapter, p.model).items():
+    other = {**naming.renamed_modules(p.adapter, p.model), **naming.old_names(p.adapter, p.model)}
+    for old, new in other.items():
         before, after = (f"{PREFIX}{name.rpartition('.')[0]}." for name in (old, new))
         moved |= {k: after + k.removeprefix(before) for k in p.checkpoint.tensors if k.startswith(before)}
     if not moved:
@@ -157,7 +163,8 @@ def _from_tensors(p: Patient, field: str) -> int | None:
     if p.adapter is None or p.method is None:
         return None
     if field == "r":
-        ranks = Counter(p.method.ranks(p.adapter).values())
+        said = {**p.config, "r": p.config.get("r") or 1}
+        ranks = Counter(p.method.ranks(replace(p.adapter, config=said)).values())
         return ranks.most_common(1)[0][0] if ranks else None
     bank = p.adapter.shared.get(vblora.BANK)
     if bank is not None and field in ("num_vectors", "vector_length") and len(bank.tensor.shape) == 2:
@@ -320,6 +327,7 @@ MENDERS: Mapping[str, Callable[[Patient, Finding], Mended]] = {
     "adapter-name-in-key": _respell,
     "duplicate-key": _drop_twin,
     "renamed-modules": _rename_modules,
+    "old-names": _rename_modules,
     "null-field": _fill_null,
     "alpha-missing": _alpha,
     "rank-mismatch": _ranks,

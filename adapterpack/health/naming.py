@@ -22,6 +22,7 @@ _LEADING = {"module"}
 """What DistributedDataParallel puts before everything."""
 _SHOWN = 3
 MENDED = "adapterpack check SRC --fix DST writes it right"
+_RENAME = "adapterpack check SRC --base BASE --fix DST renames them; merge does so by itself"
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,15 @@ def renamed_modules(a: Adapter, model: Base) -> dict[str, str]:
     return moved
 
 
-def old_names(a: Adapter, model: Base) -> list[str]:
-    """Base tensors that the adapter calls as they lie on disk, where transformers 5 has other names for them."""
+def old_names(a: Adapter, model: Base) -> dict[str, str]:
+    """Base tensors that the adapter calls as they lie on disk, to the other names that transformers 5 gives them.
+
+    PEFT 0.21 on transformers 5 drops tensors under the old names: transformers' own renamings are for whole models.
+    """
     in_memory = names.in_memory(set(model.tensors), str(model.config.get("model_type")))
     alive = {in_memory(name) for name in model.tensors}
-    return [t for t in a.targets() if t in model.tensors and t not in alive]
+    own = (t for t in a.targets() if t in model.tensors and t not in alive and ".experts." not in t)
+    return {t: in_memory(t) for t in own if _stem(in_memory(t)) != _stem(t)}
 
 
 def _stem(name: str) -> str:
@@ -207,31 +212,32 @@ def _stem(name: str) -> str:
 
 def base_name_findings(a: Adapter, model: Base) -> Iterator[Finding]:
     """Modules that the adapter calls otherwise than the base's model does."""
-    moved = renamed_modules(a, model)
+    said = model.config.get("architectures")
+    whole = any("ForCausalLM" in str(n) or "ForConditional" in str(n) for n in said or ())
+    moved, old = renamed_modules(a, model), old_names(a, model)
     if moved:
-        said = model.config.get("architectures")
-        whole = any("ForCausalLM" in str(n) or "ForConditional" in str(n) for n in said or ())
-        rules = Counter(_rule(old, new) for old, new in moved.items())
-        shown = "; ".join(f"{old}* -> {new}* ({n} tensors)" for (old, new), n in rules.most_common(_SHOWN))
         yield Finding(
             "renamed-modules",
             next(iter(moved)),
-            f"{len(moved)} of {len(a.targets())} names match the base only after a renaming: {shown};"
+            f"{len(moved)} of {len(a.targets())} names match the base only after a renaming: {_rules(moved)};"
             " PEFT finds none of them",
-            "adapterpack check SRC --base BASE --fix DST renames them; merge does so by itself",
+            _RENAME,
             # A part of a model that was saved alone has other names again in memory.
             warning=not whole,
         )
-    old = old_names(a, model)
     if old:
         yield Finding(
             "old-names",
-            old[0],
-            f"{len(old)} names are those of transformers 4 and of the files: transformers 5 calls them otherwise, and"
-            " PEFT depends on its table of renamings",
-            "load it once with PEFT and look for a warning of missing keys; merge knows both names",
-            warning=True,
+            next(iter(old)),
+            f"{len(old)} of {len(a.targets())} names are those of transformers 4: {_rules(old)} in transformers 5,"
+            " where PEFT finds none of them",
+            _RENAME,
         )
+
+
+def _rules(moved: Mapping[str, str]) -> str:
+    found = Counter(_rule(old, new) for old, new in moved.items())
+    return "; ".join(f"{old}* -> {new}* ({n} tensors)" for (old, new), n in found.most_common(_SHOWN))
 
 
 def _rule(old: str, new: str) -> tuple[str, str]:
