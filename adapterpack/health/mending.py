@@ -131,12 +131,11 @@ def _rename_modules(p: Patient, finding: Finding) -> Mended:
     if not moved:
         return None
     names = {m: _module_of(params, moved, m) for m, params in p.adapter.modules.items()}
-    pinned = {f: _pinned(p, f, names) for f in _PATTERNS if p.config.get(f)}
+    pinned: dict[str, Any] = {f: _pinned(p, f, names) for f in _PATTERNS if p.config.get(f)}
+    # The same words may mean modules of another tower, too.
+    pinned["target_modules"] = sorted(n for m, n in names.items() if m not in p.adapter.parameters)
     renamed = _renamed(_edited(p.checkpoint, pinned), moved)
-    if renamed is None:
-        return None
-    said = f"; {' and '.join(pinned)} written for each module" if pinned else ""
-    return renamed[0], renamed[1] + said
+    return None if renamed is None else (renamed[0], f"{renamed[1]}; {' and '.join(pinned)} name each module in full")
 
 
 def _module_of(params: Mapping[str, Param], moved: Mapping[str, str], module: str) -> str:

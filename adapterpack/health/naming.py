@@ -20,6 +20,8 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 """What torch.compile, FSDP, activation checkpointing and DeepSpeed nest modules in while they train."""
 _LEADING = {"module"}
 """What DistributedDataParallel puts before everything."""
+_PEFT_RENAMES = "language_model.model."
+"""Old names that PEFT 0.21.2 finds on transformers 5, and no others: tried with LLaVA, Qwen2-VL and their kin."""
 _SHOWN = 3
 MENDED = "adapterpack check SRC --fix DST writes it right"
 _RENAME = "adapterpack check SRC --base BASE --fix DST renames them; merge does so by itself"
@@ -196,10 +198,7 @@ def renamed_modules(a: Adapter, model: Base) -> dict[str, str]:
 
 
 def old_names(a: Adapter, model: Base) -> dict[str, str]:
-    """Base tensors that the adapter calls as they lie on disk, to the other names that transformers 5 gives them.
-
-    PEFT 0.21 on transformers 5 drops tensors under the old names: transformers' own renamings are for whole models.
-    """
+    """Base tensors that the adapter calls as they lie on disk, to the other names that transformers 5 gives them."""
     in_memory = names.in_memory(set(model.tensors), str(model.config.get("model_type")))
     alive = {in_memory(name) for name in model.tensors}
     own = (t for t in a.targets() if t in model.tensors and t not in alive and ".experts." not in t)
@@ -225,14 +224,18 @@ def base_name_findings(a: Adapter, model: Base) -> Iterator[Finding]:
             # A part of a model that was saved alone has other names again in memory.
             warning=not whole,
         )
-    if old:
-        yield Finding(
-            "old-names",
-            next(iter(old)),
-            f"{len(old)} of {len(a.targets())} names are those of transformers 4: {_rules(old)} in transformers 5,"
-            " where PEFT finds none of them",
-            _RENAME,
-        )
+    renamed = {t: n for t, n in old.items() if t.startswith(_PEFT_RENAMES)}
+    lost = {t: n for t, n in old.items() if t not in renamed}
+    for warning, some in ((False, lost), (True, renamed)):
+        if some:
+            yield Finding(
+                "old-names",
+                next(iter(some)),
+                f"{len(some)} of {len(a.targets())} names are those of transformers 4: {_rules(some)} in transformers"
+                f" 5, where PEFT {'renames them as it loads' if warning else 'finds none of them'}",
+                _RENAME,
+                warning=warning,
+            )
 
 
 def _rules(moved: Mapping[str, str]) -> str:
