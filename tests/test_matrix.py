@@ -44,12 +44,7 @@ FAILING: Mapping[str, str] = {
     "lora-velora-3-MLP": "VeLoRA is not read",
 }
 """Rows of methods that are read, but not merged as PEFT merges them: name to the reason."""
-UNCHECKED: Mapping[str, str] = {
-    "lora-14-Conv2dGroups": "check raises what merge would",
-    "lora-15-Conv2dGroups2": "check raises what merge would",
-    "lora-dora-10-Conv2dGroups": "check raises what merge would",
-    "lora-dora-11-Conv2dGroups2": "check raises what merge would",
-}
+UNCHECKED: Mapping[str, str] = {}
 """Rows that `check` cannot hold against their base, though PEFT can run them."""
 
 _TRAINED = re.compile(r"\.lora_velora_embed\.|\.lora_monteclora_sampler\.")

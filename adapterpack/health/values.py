@@ -23,7 +23,7 @@ _BEGINS_AT_ZERO = (
 _SHOWN = 3
 _LEAST_BYTES = 4096
 """Of a tensor whose copies are worth a word."""
-_PROJECTIONS = ("vera_A", "vera_B", "randlora_A", "randlora_B")
+_PROJECTIONS = ("vera_A", "vera_B", "pvera_A", "pvera_B")
 
 
 @dataclass(frozen=True)
