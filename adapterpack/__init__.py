@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from adapterpack.compress import compress
     from adapterpack.conversion import Conversion, FactoredModule
     from adapterpack.convert import convert
+    from adapterpack.diff import Difference, diff
     from adapterpack.extract import Extraction, extract
+    from adapterpack.fix import Repair, fix
     from adapterpack.inspect import Inspection, inspect
     from adapterpack.merge import Merge, merge
     from adapterpack.pull import Pull, pull
@@ -31,6 +33,7 @@ __all__ = [
     "AdapterpackError",
     "Combination",
     "Conversion",
+    "Difference",
     "Extraction",
     "FactoredModule",
     "Health",
@@ -38,6 +41,7 @@ __all__ = [
     "Merge",
     "Pull",
     "Push",
+    "Repair",
     "Resizing",
     "Unpacked",
     "Verification",
@@ -46,7 +50,9 @@ __all__ = [
     "combine",
     "compress",
     "convert",
+    "diff",
     "extract",
+    "fix",
     "inspect",
     "merge",
     "pull",
@@ -59,6 +65,7 @@ __all__ = [
 _HOMES = {
     "Combination": "combine",
     "Conversion": "conversion",
+    "Difference": "diff",
     "Extraction": "extract",
     "FactoredModule": "conversion",
     "Health": "check",
@@ -66,13 +73,14 @@ _HOMES = {
     "Merge": "merge",
     "Pull": "pull",
     "Push": "push",
+    "Repair": "fix",
     "Resizing": "resize",
     "Unpacked": "unpack",
     "Verification": "verify",
 }
 _VERBS = {
-    *("check", "combine", "compress", "convert", "extract", "inspect", "merge", "pull", "push", "resize", "unpack"),
-    "verify",
+    *("check", "combine", "compress", "convert", "diff", "extract", "fix", "inspect", "merge", "pull", "push"),
+    *("resize", "unpack", "verify"),
 }
 
 

@@ -209,7 +209,7 @@ def _opaque(c: Checkpoint, reason: str) -> Inspection:
 def _known(c: Checkpoint, method: Method, a: Adapter, notes: list[str]) -> Inspection:
     try:
         ranks = dict(sorted(Counter(method.ranks(a).values()).items()))
-    except InvalidFile as e:
+    except (InvalidFile, Unsupported) as e:
         ranks = {}
         notes.append(e.message)
     density = _density(a) if c.at_hand and c.pack is None else None

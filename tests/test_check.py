@@ -1,7 +1,12 @@
-"""check: each fault has its own finding, and what PEFT wrote is healthy."""
+"""check: each fault has its own finding, and what PEFT wrote is healthy.
+
+`planted.FAULTS` is the table of what is found: each row is planted here, and mended in test_fix.py where it can be.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,99 +14,114 @@ from typing import Any
 
 import cases
 import oracle
+import planted
 import pytest
 import torch
-from peft import LoraConfig, VBLoRAConfig, VeraConfig
+from peft import LoraConfig, VBLoRAConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from planted import CONFIGS, FAULTS, VB, Draft
 from safetensors.torch import load_file, save_file
 
 import adapterpack
+from adapterpack.health import fields
 
-TARGETS = ["q_proj", "down_proj"]
-Tensors = dict[str, torch.Tensor]
-VB = {"r": 2, "num_vectors": 20, "vector_length": 16, "target_modules": TARGETS}
-CONFIGS = {
-    "lora": LoraConfig(r=2, target_modules=TARGETS),
-    "vblora": VBLoRAConfig(**VB),
-    "topk": VBLoRAConfig(save_only_topk_weights=True, topk=3, **VB),
-    "vera": VeraConfig(r=4, target_modules=TARGETS),
-}
+READ = ("lora", "ranks", "rslora", "dora", "biased", "saved", "loha", "vblora", "topk", "vera", "vera16", "seed")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("check")
-    oracle.save_base(oracle.tiny_model("llama"), root / "base")
-    oracle.save_base(oracle.tiny_model("gpt2"), root / "other")
-    for name, config in CONFIGS.items():
-        oracle.make_adapter(root / name, config, scale=0.5)
-    return root
+    return planted.make(tmp_path_factory.mktemp("check"))
 
 
-def _codes(path: Path, base: Path | None = None) -> set[str]:
-    health = adapterpack.check(path, base=base)
-    codes = {f.code for f in health.findings if not f.warning}
-    assert health.healthy == (not codes)
-    return codes
+_codes = planted.codes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_peft_wrote_is_healthy(place: Path, name: str) -> None:
-    assert _codes(place / name, place / "base") == set()
+    assert _codes(place / name, planted.base_of(place, name)) == set()
 
 
-def _set(ending: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Tensors, Any], None]:
-    """Change, or drop, the first tensor with that ending."""
-
-    def spoil(tensors: Tensors, config: Any) -> None:
-        key = next(k for k in sorted(tensors) if k.endswith(ending))
-        new = change(tensors[key].clone())
-        if new is None:
-            del tensors[key]
-        else:
-            tensors[key] = new
-
-    return spoil
-
-
-def _put(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(t: torch.Tensor) -> torch.Tensor:
-        t.view(-1)[0] = value
-        return t
-
-    return change
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_has_its_finding(place: Path, tmp_path: Path, name: str) -> None:
+    fault = FAULTS[name]
+    faulty = planted.plant(place, fault, tmp_path / "a")
+    before = oracle.tree_hash(faulty)
+    against = planted.base_of(place, fault.source) if fault.base else None
+    health = adapterpack.check(faulty, base=against)
+    found = [f for f in health.findings if f.code == fault.code]
+    assert found, health.findings
+    assert all(f.warning == fault.warning and f.fix for f in found)
+    assert health.healthy == fault.warning
+    assert oracle.tree_hash(faulty) == before
+    # And it is the fault that is found, not what it was planted in.
+    if fault.spoil is planted.as_it_is:
+        return
+    clean = {f.code for f in adapterpack.check(place / fault.source, base=against).findings}
+    assert fault.code not in clean or fault.code in ("scale-not-plain", "base-reference")
 
 
-FAULTS: dict[str, tuple[str, str, Callable[[Tensors, Any], Any]]] = {
-    "NaN": ("lora", "nan", _set("lora_A.weight", _put(float("nan")))),
-    "infinite": ("vera", "infinite", _set("lambda_d", _put(float("inf")))),
-    "all-zero B": ("lora", "all-zero", _set("lora_B.weight", torch.zeros_like)),
-    "all-zero lambda_b": ("vera", "all-zero", _set("lambda_b", torch.zeros_like)),
-    "half a pair": ("lora", "half-pair", _set("lora_B.weight", lambda t: None)),
-    "rank": ("lora", "rank-mismatch", lambda t, c: c.update(r=5)),
-    "vera rank": ("vera", "rank-mismatch", lambda t, c: c.update(r=5)),
-    "missing bank": ("vblora", "missing-bank", _set("vector_bank", lambda t: None)),
-    "flag says full": ("topk", "wrong-topk-flag", lambda t, c: c.update(save_only_topk_weights=False)),
-    "flag says topk": ("vblora", "wrong-topk-flag", lambda t, c: c.update(save_only_topk_weights=True)),
-    "index outside": ("topk", "index-outside-bank", _set("topk_indices", _put(20))),
-    "index twice": ("topk", "duplicate-index", _set("topk_indices", torch.zeros_like)),
-    "16-bit weights": ("topk", "narrow-topk-weights", _set("topk_weights", lambda t: t.bfloat16())),
-    "negative last": ("topk", "negative-topk-weight", _set("topk_weights", lambda t: t * 0 + 0.75)),
-    "bank size": ("vblora", "bank-mismatch", lambda t, c: c.update(num_vectors=21)),
-    "projections gone": ("vera", "wrong-projection-flag", lambda t, c: [t.pop(f"base_model.vera_{x}") for x in "AB"]),
-    "projections ignored": ("vera", "wrong-projection-flag", lambda t, c: c.update(save_projection=False)),
-    "unknown key": ("lora", "unknown-key", lambda t, c: t.update({"stranger": torch.ones(1)})),
-}
+def _defaults(config: Any) -> dict[str, Any]:
+    found = {}
+    for f in dataclasses.fields(config):
+        value = f.default if f.default is not dataclasses.MISSING else None
+        if f.default_factory is not dataclasses.MISSING:
+            value = f.default_factory()
+        value = {} if dataclasses.is_dataclass(value) else value
+        found[f.name] = value.value if isinstance(value, enum.Enum) else value
+    return found
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_has_its_finding(place: Path, tmp_path: Path, fault: str) -> None:
-    name, code, spoil = FAULTS[fault]
-    tensors = load_file(place / name / "adapter_model.safetensors")
-    config = json.loads((place / name / "adapter_config.json").read_text())
-    spoil(tensors, config)
-    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert code in _codes(tmp_path)
+@pytest.mark.parametrize("peft_type", PEFT_TYPE_TO_CONFIG_MAPPING)
+def test_the_table_of_config_fields_is_peft_s(peft_type: Any) -> None:
+    assert fields.known(str(peft_type.value)) == _defaults(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type])
+
+
+def test_a_truncated_file_is_named_and_a_header_alone_is_empty(place: Path, tmp_path: Path) -> None:
+    """As left by an upload that ended early, and by a save of nothing: 40 bytes."""
+    for name, data in {
+        "cut": (place / "lora" / "adapter_model.safetensors").read_bytes()[:-100],
+        "short": b"",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_bytes((place / "lora" / "adapter_config.json").read_bytes())
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(data)
+        with pytest.raises(adapterpack.AdapterpackError, match="bytes") as caught:
+            adapterpack.check(tmp_path / name)
+        assert caught.value.hint
+    nothing = planted.plant(place, FAULTS["no tensors"], tmp_path / "nothing")
+    assert (nothing / "adapter_model.safetensors").stat().st_size == 40
+    assert _codes(nothing) >= {"empty"}
+
+
+def test_pickles_are_named(place: Path, tmp_path: Path) -> None:
+    directory = Draft.read(place / "lora").write(tmp_path / "a")
+    for name in ("training_args.bin", "optimizer.pt"):
+        (directory / name).write_bytes(b"x")
+    [finding] = [f for f in adapterpack.check(directory).findings if f.code == "pickles-beside"]
+    assert "training_args.bin" in finding.message and "optimizer.pt" in finding.message
+    torch.save(load_file(directory / "adapter_model.safetensors"), directory / "adapter_model.bin")
+    (directory / "adapter_model.safetensors").unlink()
+    findings = adapterpack.check(directory, allow_pickle=True).findings
+    assert "pickle" in {f.code for f in findings}
+
+
+def test_holes_in_the_layers_are_seen_without_a_base(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
+    oracle.make_adapter(tmp_path / "a", config, num_hidden_layers=8, scale=0.5)
+    assert "missing-modules" not in _codes(tmp_path / "a", warnings=True)
+    for n, mark in enumerate(("layers.5.", "layers.4.self_attn.k_proj")):
+        d = Draft.read(tmp_path / "a")
+        d.tensors = {k: t for k, t in d.tensors.items() if mark not in k}
+        holed = d.write(tmp_path / f"h{n}")
+        [finding] = [f for f in adapterpack.check(holed).findings if f.code == "missing-modules"]
+        assert mark.strip(".") in finding.message
+
+
+def test_only_some_layers_are_a_choice_and_no_hole(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 2, 4, 5, 7])
+    oracle.make_adapter(tmp_path / "a", config, num_hidden_layers=8, scale=0.5, base_dir=tmp_path / "base")
+    for base in (None, tmp_path / "base"):
+        assert "missing-modules" not in _codes(tmp_path / "a", base, warnings=True)
 
 
 ROOT = Path(__file__).parent.parent
@@ -174,13 +194,13 @@ def test_what_it_says_names_the_tensor_and_a_way_out(place: Path, tmp_path: Path
     tensors[key].view(-1)[0] = float("nan")
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_bytes((place / "lora" / "adapter_config.json").read_bytes())
-    [finding] = adapterpack.check(tmp_path).findings
+    [finding] = [f for f in adapterpack.check(tmp_path).findings if not f.warning]
     assert (finding.code, finding.key) == ("nan", key)
     assert finding.fix
     assert "1 of" in finding.message
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", READ)
 def test_a_base_without_the_modules_is_a_finding(place: Path, name: str) -> None:
     assert _codes(place / name, place / "other") == {"not-in-base"}
 

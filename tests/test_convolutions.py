@@ -138,7 +138,7 @@ def test_inspect_and_check(workshop, files, tmp_path: Path) -> None:
     assert adapterpack.inspect(adapter).ranks == {3: 2, 4: 7}
     assert adapterpack.check(adapter, base=base).healthy
     other = workshop.base("resnet", embedding_size=4)
-    assert {f.code for f in adapterpack.check(adapter, base=other).findings} == {"shape-not-in-base"}
+    assert {f.code for f in adapterpack.check(adapter, base=other).findings if not f.warning} == {"shape-not-in-base"}
 
 
 def test_groups_are_refused_as_peft_refuses_them(workshop, tmp_path: Path) -> None:

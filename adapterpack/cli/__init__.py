@@ -10,8 +10,8 @@ from adapterpack.cli import _edge
 from adapterpack.version import __version__
 
 VERBS = (
-    *("inspect", "check", "convert", "compress", "unpack", "resize", "combine", "extract", "verify", "merge"),
-    *("push", "pull"),
+    *("inspect", "check", "convert", "compress", "unpack", "resize", "combine", "extract", "verify", "diff"),
+    *("merge", "push", "pull"),
 )
 
 
