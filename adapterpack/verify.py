@@ -24,7 +24,6 @@ from adapterpack.adapter import (
     ModuleError,
     Progress,
     Request,
-    depends_on_shapes,
 )
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import CONFIG, INDEX, SINGLE, Base
@@ -227,7 +226,7 @@ def compare(
     ours, theirs = _grouped(*x, request), _grouped(*y, request)
     if request.shapes is None:
         # A file may not say how many inputs a module has, or how a kernel is shaped; the other side may.
-        asks = depends_on_shapes(*x), depends_on_shapes(*y)
+        asks = methods.depends_on_shapes(*x), methods.depends_on_shapes(*y)
         if asks == (True, False):
             ours = _grouped(*x, replace(request, shapes=_ShapesOf(ours, theirs)))
         elif asks == (False, True):
