@@ -430,8 +430,3 @@ class Method(Protocol):
 
     def findings(self, a: Adapter, shapes: Shapes | None) -> Iterator[Finding]: ...
     def ranks(self, a: Adapter) -> Mapping[str, int]: ...
-
-
-def depends_on_shapes(method: Method, a: Adapter) -> bool:
-    """May it take the base's shapes to know what the adapter changes?"""
-    return any(Need.SHAPES in edge.needs for edge in method.edges.get(a.encoding, ()))

@@ -28,7 +28,6 @@ from adapterpack.adapter import (
     Outcome,
     Progress,
     Request,
-    depends_on_shapes,
 )
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
@@ -310,7 +309,7 @@ def _request(
     strict: bool = True,
 ) -> tuple[Request, Base | None, tuple[str, ...]]:
     """What the conversion may use, and the base; a base that the adapter names itself is used where one is needed."""
-    wanted = Need.SHAPES in edge.needs if edge is not None else depends_on_shapes(method, a)
+    wanted = Need.SHAPES in edge.needs if edge is not None else methods.depends_on_shapes(method, a)
     shapes, notes = open_shapes(a, base, stack, wanted=wanted, strict=strict)
     known = None if base_dtype is None else named_dtype(base_dtype)
     return Request(TorchBackend(device), shapes, known, wish.max_error, warm_start), shapes, notes

@@ -16,7 +16,7 @@ from adapterpack.containers import apack
 from adapterpack.conversion import inputs
 from adapterpack.errors import AdapterpackError, LossRefused
 from adapterpack.health import mending, weight
-from adapterpack.verify import compare, worst
+from adapterpack.pairs import compare, worst
 
 _ROUNDS = 200
 """Repairs of one adapter: each is for all tensors or fields of its kind, so real ones need a few."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterpack import plan
+from adapterpack import methods, plan
 from adapterpack.accuracy import ModuleError, Sums, larger, ratio
 from adapterpack.adapter import (
     Adapter,
@@ -21,7 +21,6 @@ from adapterpack.adapter import (
     Method,
     Progress,
     Request,
-    depends_on_shapes,
 )
 from adapterpack.backend import Backend
 from adapterpack.base import Base
@@ -154,7 +153,7 @@ def _grouped_alike(
     ours, theirs = _grouped(*x, request), _grouped(*y, request)
     if request.shapes is None:
         # A file may not say how many inputs a module has, or how a kernel is shaped; the other side may.
-        asks = depends_on_shapes(*x), depends_on_shapes(*y)
+        asks = methods.depends_on_shapes(*x), methods.depends_on_shapes(*y)
         if asks == (True, False):
             ours = _grouped(*x, replace(request, shapes=_ShapesOf(ours, theirs)))
         elif asks == (False, True):

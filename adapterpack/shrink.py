@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterpack import casting, containers, methods, sources
-from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request, depends_on_shapes
+from adapterpack.adapter import Adapter, Grade, Method, Outcome, Progress, Request
 from adapterpack.backend import TorchBackend
 from adapterpack.base import Base
 from adapterpack.containers import apack, size_of
@@ -46,7 +46,7 @@ def shrink(
         )
         checkpoint = stack.enter_context(opened)
         method, adapter = methods.parse(checkpoint)
-        wanted = max_error is not None and depends_on_shapes(method, adapter)
+        wanted = max_error is not None and methods.depends_on_shapes(method, adapter)
         model, notes = open_shapes(adapter, base, stack, wanted=wanted)
         request = Request(TorchBackend(device), model, max_error=max_error)
         outcome, measured = _compressed(method, adapter, request, model, target, lossless, base, progress)

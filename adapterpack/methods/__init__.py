@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapterpack.adapter import Adapter, Method
+from adapterpack.adapter import Adapter, Method, Need
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import NoMergedWeight, Unsupported
 from adapterpack.methods import (
@@ -145,3 +145,8 @@ def parse(c: Checkpoint) -> tuple[Method, Adapter]:
     """The method of a checkpoint and the adapter that it makes of it; see `Method.parse`."""
     method = method_of(c)
     return method, method.parse(c)
+
+
+def depends_on_shapes(method: Method, a: Adapter) -> bool:
+    """May it take the base's shapes to know what the adapter changes?"""
+    return any(Need.SHAPES in edge.needs for edge in method.edges.get(a.encoding, ()))
