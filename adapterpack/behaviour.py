@@ -28,6 +28,9 @@ from adapterpack.tensor import BF16, CASTABLE, F16, F32, DType
 FACTOR = 10.0
 """How many times the noise a difference may be: it is measured on a few prompts, and weights that are equal but for
 their own rounding are a little further apart than the order of sums."""
+ROUNDING = 3.0
+"""The same for weights rounded to 16 bits: two honest roundings are apart by the root of 2, merges that round on the
+way by about 2, and ten times as much would be all that many an adapter does."""
 _EPSILON = {"F32": 2.0**-24, "BF16": 2.0**-9, "F16": 2.0**-12}
 """Half a unit in the last place of 1: less than this, relative to the answers, no measured noise is taken for."""
 
@@ -122,11 +125,11 @@ def compare(
 ) -> Behaviour:
     """Run prompts through base + A, and through base + B or the merged model B, and compare the answers.
 
-    A difference is within what is allowed if its root mean square is at most `FACTOR` times the sum of
+    A difference is within what is allowed if its root mean square is at most the sum of
 
-    - the noise of batch order, or half a unit in the last place of the answers if that is more,
-    - for adapters the error of the weights that was allowed, `max_error`, times the effect of A,
-    - for a merged model of 16 bits the noise of rounding the weights of base + A to its dtype once.
+    - `FACTOR` times the noise of batch order, or half a unit in the last place of the answers if that is more,
+    - `FACTOR` times the error of the weights that was allowed, `max_error`, times the effect of A,
+    - `ROUNDING` times the noise of rounding the weights of base + A once, for a merged model of 16 bits.
 
     Memory holds one model at a time, and the answers of A.
 
@@ -230,7 +233,7 @@ class _Job:
         pooled, does = _pooled(difference), _pooled(effect)
         floor = max(noise[0].figures.rms, _EPSILON[self.dtype.name] * does.scale)
         others = sum(n.figures.rms for n in noise[1:] if n.allowed)
-        allowed = FACTOR * (floor + others + bound * does.rms)
+        allowed = FACTOR * (floor + bound * does.rms) + ROUNDING * others
         each = [
             PromptBehaviour(p.line, len(p.ids), difference[n].figures(), effect[n].figures())
             for n, p in enumerate(self.prompts)
