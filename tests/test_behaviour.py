@@ -350,7 +350,8 @@ def test_no_other_job_takes_transformers(workshop: Any) -> None:
     """Every module of the package is imported where the library cannot be, and an adapter is verified."""
     adapter, base = workshop.pair("linear-llama")
     script = (
-        "import importlib, pkgutil, sys\nsys.modules['transformers'] = sys.modules['peft'] = None\nimport adapterpack\n"
+        "import importlib, pkgutil, sys\nsys.modules['transformers'] = sys.modules['peft'] = None\n"
+        "import adapterpack\n"
         "for m in pkgutil.walk_packages(adapterpack.__path__, 'adapterpack.'):\n"
         "    m.name.endswith('__main__') or importlib.import_module(m.name)\n"
         f"assert adapterpack.verify({str(adapter)!r}, {str(adapter)!r}, base={str(base)!r}).equal"
