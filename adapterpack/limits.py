@@ -61,3 +61,11 @@ REPO_FILES = 100_000
 """Most files of one repository of the Hub."""
 CARD_BYTES = 1 << 20
 """Longest model card that is mended."""
+PROMPTS_BYTES = 4 << 20
+"""Largest file of prompts."""
+PROMPTS = 1_000
+"""Most prompts that models are run on."""
+PROMPT_TOKENS = 4_096
+"""Longest prompt."""
+OUTPUT_BYTES = 4 << 30
+"""Most bytes of one model's answers that are kept for comparison."""

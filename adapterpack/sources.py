@@ -225,6 +225,11 @@ def open_base(source: str | Path | None, stack: ExitStack) -> Base | None:
     return None if source is None else stack.enter_context(Base(base_here(source)))
 
 
+def is_model(path: Path) -> bool:
+    """Is it the directory of a model, with its config and weights?"""
+    return (path / CONFIG).exists() and ((path / SINGLE).exists() or (path / INDEX).exists())
+
+
 def model_here(source: str | Path) -> Path:
     """The local path of what may be a merged model or an adapter.
 

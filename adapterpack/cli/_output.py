@@ -132,9 +132,10 @@ def work_in_blocks() -> None:
         ctypes.CDLL(None).mallopt(-1, 128 << 20)
 
 
-def print_json(verb: str, result: Any) -> None:
-    """The result of a verb as one JSON object; non-finite numbers are null."""
+def print_json(verb: str, result: Any, **more: Any) -> None:
+    """The result of a verb as one JSON object, and others in it by name; non-finite numbers are null."""
     record = {"schema": f"adapterpack.{verb}/1", **_plain(dataclasses.asdict(result))}
+    record |= {name: None if other is None else _plain(dataclasses.asdict(other)) for name, other in more.items()}
     click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
 
 

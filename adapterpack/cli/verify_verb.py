@@ -9,6 +9,9 @@ from collections.abc import Callable
 import click
 
 from adapterpack.accuracy import ModuleError
+from adapterpack.answers import Figures
+from adapterpack.behaviour import Behaviour
+from adapterpack.behaviour import compare as run_prompts
 from adapterpack.cli import _output as out
 from adapterpack.verify import Verification, verify
 
@@ -27,6 +30,13 @@ _SHOWN = 10
     callback=out.error_bound,
     help="Largest relative error of a module that counts as equal; 5e-6 between adapters.",
 )
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    help="Run base + A and the other side on these prompts, too: a text a line, or a .jsonl file with text or"
+    " input_ids. Takes adapterpack[transformers] and --base.",
+)
+@click.option("--dtype", metavar="T", help="What models compute in, with --prompts; float32 if not given.")
 @out.device_option
 @out.source_options
 @out.output_options
@@ -37,6 +47,8 @@ def command(
     b: str,
     base: str | None,
     max_error: float | None,
+    prompts: str | None,
+    dtype: str | None,
     device: str,
     subfolder: str | None,
     allow_pickle: bool,
@@ -47,7 +59,13 @@ def command(
 
     A is the reference. B is an adapter, of any method and encoding, or the model that A was merged into,
     with the base given: then every tensor is compared, and nothing but the rounding of the dtype is allowed.
+    With prompts the answers are compared as well, beside the noise of running one model twice.
     """
+    if dtype is not None and prompts is None:
+        raise click.UsageError("--dtype goes with --prompts", ctx)
+    if prompts is not None and base is None:
+        raise click.UsageError("--prompts runs models: name the base, with --base BASE", ctx)
+    behaviour: Behaviour | None = None
     with out.progress(quiet or as_json) as progress:
         result = verify(
             a,
@@ -59,11 +77,26 @@ def command(
             allow_pickle=allow_pickle,
             progress=progress,
         )
+        if prompts is not None:
+            behaviour = run_prompts(
+                a,
+                b,
+                base=base,
+                file=prompts,
+                max_error=max_error,
+                dtype=dtype or "float32",
+                device=device,
+                subfolder=subfolder,
+                allow_pickle=allow_pickle,
+                progress=progress,
+            )
     if as_json:
-        out.print_json("verify", result)
+        out.print_json("verify", result, behaviour=behaviour)
     elif not quiet:
         _print(result)
-    if not result.equal:
+        if behaviour is not None:
+            _print_behaviour(behaviour)
+    if not result.equal or (behaviour is not None and any(not f.warning for f in behaviour.findings)):
         ctx.exit(DIFFERENT)
 
 
@@ -106,6 +139,45 @@ def _print_modules(r: Verification) -> None:
     out.table(rows, ["worst modules", *(name for name, _, _ in used)], right=range(1, len(used) + 1))
     if len(r.modules) > _SHOWN:
         click.echo(f"... and {len(r.modules) - _SHOWN} better ones; --json has them all")
+
+
+_WHAT = {
+    "causal-lm": "logits",
+    "masked-lm": "logits",
+    "token-classification": "logits",
+    "sequence-classification": "logits of classes",
+    "encoder": "last hidden states",
+}
+
+
+def _print_behaviour(r: Behaviour) -> None:
+    """The verdict, then A against B beside all that it is to be held against."""
+    verdict = click.style(
+        "within noise" if r.within else "beyond noise", fg="green" if r.within else "red", bold=True
+    )
+    part = "" if r.of_effect is None else f", {100 * r.of_effect:.2g} % of A's own effect"
+    click.echo(f"behaviour {verdict}: {_WHAT[r.kind]} differ by {out.number(r.difference.rms)}{part}")
+    for f in r.findings:
+        click.echo(f"{'warning' if f.warning else 'finding'}: {f.code}: {f.key}: {f.message}")
+    named = [
+        ("A and B" if r.against == "adapter" else "A and merged B", r.difference),
+        ("A and base alone", r.effect),
+    ]
+    named += [(f"A twice: {n.name}", n.figures) for n in r.noise]
+    columns: list[tuple[str, Callable[[Figures], str]]] = [
+        ("rms", lambda f: out.number(f.rms)),
+        ("mean", lambda f: out.number(f.mean_abs)),
+        ("largest", lambda f: out.number(f.max_abs)),
+        ("mean KL", lambda f: _or_nothing(f.kl_mean)),
+        ("largest KL", lambda f: _or_nothing(f.kl_max)),
+        ("same top-1", lambda f: "" if f.top1 is None else f"{100 * f.top1:.2f} %"),
+        ("cosine", lambda f: _cosine(f.cosine)),
+    ]
+    used = [c for c in columns if any(c[1](f) for _, f in named)]
+    rows = [[name, *(cell(f) for _, cell in used)] for name, f in named]
+    where = f"{r.prompts} prompts, {r.positions} positions"
+    out.table(rows, [where, *(name for name, _ in used)], right=range(1, len(used) + 1))
+    out.say([f"run with transformers {r.transformers} in {r.dtype} on {r.device}, as {r.architecture}", *r.notes])
 
 
 def _or_nothing(x: float | None) -> str:
