@@ -13,6 +13,7 @@ from adapterpack.accuracy import ModuleError, ratio
 from adapterpack.adapter import Finding, Progress
 from adapterpack.backend import Backend
 from adapterpack.base import Base
+from adapterpack.methods._changes import LoadedLowRank
 from adapterpack.rounding import Coarser, Grid, Tally
 from adapterpack.tensor import Tensor
 
@@ -133,7 +134,7 @@ class _Job:
         if tally.sums.rel_error <= self.max_error or not tally.wrong:
             return replace(error, arithmetic=tally.arithmetic), None
         if not tally.loose and tally.moved:
-            coarser = Coarser(xp, grid)
+            coarser = Coarser(xp, grid, all(isinstance(change, LoadedLowRank) for change, _ in loaded.steps))
             for block in pieces:
                 coarser.add(loaded, block, theirs.base(block))
             if (kind := coarser.verdict(tally)) is not None:

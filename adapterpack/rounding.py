@@ -250,10 +250,15 @@ class Tally:
 
 @dataclass
 class Coarser:
-    """Is a tensor explained by one of the coarser kinds of rounding? A second look, at those that need it."""
+    """Is a tensor explained by one of the coarser kinds of rounding? A second look, at those that need it.
+
+    Attributes:
+        products: Is its change a low-rank product, whose noise is a bound on the sum of its terms?
+    """
 
     xp: Backend
     grid: Grid
+    products: bool
     twice: bool = True
     not_twice: int = 0
     not_low: int = 0
@@ -288,11 +293,13 @@ class Coarser:
             self.not_twice += int((abs(p.theirs - value) > bound).sum())
         else:
             self.twice = False
-        # The factors rounded, their product, the scaled one: relative to the terms, as f32's noise is, only coarser.
-        low = p.noise * (self.grid.unit * 2.0**24 / 4) + abs(delta) * (self.grid.unit * 2) + self.grid.tiny * 8
-        if p.effects == (Effect.TRANSFORM,):
-            # Of W, its change and their product.
-            low = (abs(p.exact) + abs(p.base)) * (self.grid.unit * 3) + self.grid.tiny * 8
+        if self.products:
+            # The factors rounded, their product, the scaled one: relative to the terms, as f32's noise, only coarser.
+            low = p.noise * (self.grid.unit * 2.0**24 / 4) + abs(delta) * (self.grid.unit * 2)
+        else:
+            # Of W, its change and what both make.
+            low = (abs(p.exact) + abs(p.base) + abs(delta)) * (self.grid.unit * 2)
+        low = low + self.grid.tiny * 8
         self.not_low += int((error > p.once + low).sum())
         ours = xp.f64(xp.round(p.exact, dtype))
         self.near += int((half(p.exact) - abs(p.exact - ours) <= low).sum())

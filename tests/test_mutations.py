@@ -49,8 +49,12 @@ MAKERS: dict[str, Callable[[], PeftConfig]] = {
 }
 """The configs whose faults are planted one by one."""
 FIELDS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 16},
     "ROAD": {"group_size": 16},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [3, 17]},
+    "SHIRA": {"r": 4},
+    "WAVEFT": {"n_frequency": 200},
     "LN_TUNING": {"target_modules": ["input_layernorm"]},
 }
 """What other methods need beside, or in place of, `target_modules`; of the rest PEFT's defaults serve."""
@@ -194,6 +198,17 @@ def _some_units(m: torch.Tensor, w: torch.Tensor) -> None:
     _next(flat, int(flat.abs().argmax()), 60 if m.dtype == torch.float32 else 3)
 
 
+def _one_of_the_base(m: torch.Tensor, w: torch.Tensor) -> None:
+    """The one that had moved most."""
+    n = int((m.double() - w.double()).abs().argmax())
+    m.view(-1)[n] = w.view(-1)[n]
+
+
+def _line_of_the_base(m: torch.Tensor, w: torch.Tensor) -> None:
+    n = int((m.double() - w.double()).norm(dim=1).argmax())
+    m[n] = w[n]
+
+
 def _other_base(how: float) -> Fault:
     """Everything moved: merged into another base."""
 
@@ -237,9 +252,9 @@ def _noise(c: Case, m: Tensors) -> torch.Tensor:
 ANY: dict[str, Fault] = {
     "one weight": _edit(Q0, lambda m, w: m[7, 11].add_(0.05)),
     "one weight, some units": _edit(Q0, _some_units),
-    "one weight of the base": _edit(Q0, lambda m, w: m[5].copy_(torch.where(torch.arange(64) == 3, w[5], m[5]))),
-    "one row of the base": _edit(Q0, lambda m, w: m[5].copy_(w[5])),
-    "one column of the base": _edit(Q0, lambda m, w: m[:, 9].copy_(w[:, 9])),
+    "one weight of the base": _edit(Q0, _one_of_the_base),
+    "one row of the base": _edit(Q0, lambda m, w: _line_of_the_base(m, w)),
+    "one column of the base": _edit(Q0, lambda m, w: _line_of_the_base(m.T, w.T)),
     "a row zeroed": _edit(Q0, lambda m, w: m[5].zero_()),
     "two rows exchanged": _edit(Q0, lambda m, w: m[:2].copy_(m[:2].flip(0))),
     "lower half of a matrix left": _edit(Q0, lambda m, w: m[32:].copy_(w[32:])),
