@@ -11,7 +11,7 @@ from adapterpack import accuracy, containers, lineage, merged_model, methods, pa
 from adapterpack.accuracy import ModuleError, Pooled
 from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Finding, Method, Progress, Request
 from adapterpack.backend import Backend, TorchBackend
-from adapterpack.base import CONFIG, INDEX, SINGLE, Base
+from adapterpack.base import Base
 from adapterpack.errors import AdapterpackError, InvalidFile, UsageError
 from adapterpack.regeneration import Regenerated
 
@@ -95,7 +95,7 @@ def verify(
         source.prove()
         method_a, adapter_a = methods.parse(source)
         model = sources.open_base(base, stack)
-        if _is_model(b):
+        if sources.is_model(b):
             found = _against_model((method_a, adapter_a), b, model, xp, max_error, stack, progress)
             return _verdict(found, named, xp, [("A", method_a, adapter_a)], model)
         other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle, base=here))
@@ -196,10 +196,6 @@ def _merged_with(
             raise InvalidFile(f"{source.reference} is not the adapter that was merged", hint=hint)
         adapters.append(methods.parse(checkpoint))
     return adapters, [s.weight for s in story.adapters]
-
-
-def _is_model(path: Path) -> bool:
-    return (path / CONFIG).exists() and ((path / SINGLE).exists() or (path / INDEX).exists())
 
 
 def _verdict(
