@@ -82,11 +82,11 @@ class Seeded:
     def edges(self, *own: Edge) -> Mapping[str, tuple[Edge, ...]]:
         """Between the two encodings; `own` are the edges that both have."""
         return {
-            PROJECTION: (Edge(SEED, Grade.LOSSLESS, self._to_seed), *own, Edge(PROJECTION, Grade.LOSSLESS, _same)),
+            PROJECTION: (Edge(SEED, Grade.LOSSLESS, self._to_seed), *own, Edge(PROJECTION, Grade.LOSSLESS, same)),
             SEED: (
                 Edge(PROJECTION, Grade.LOSSLESS, self._to_projection, needs=self.needs),
                 *own,
-                Edge(SEED, Grade.LOSSLESS, _same),
+                Edge(SEED, Grade.LOSSLESS, same),
             ),
         }
 
@@ -175,7 +175,8 @@ class Seeded:
             )
 
 
-def _same(a: Adapter, request: Request) -> Outcome:
+def same(a: Adapter, request: Request) -> Outcome:
+    """To the encoding that it has."""
     return Outcome(a, Grade.LOSSLESS, notes=(f"it already is in the {a.encoding} encoding",))
 
 

@@ -1,4 +1,4 @@
-"""Tensors that a seed gives back, drawn in our own numpy code and proven by digest.
+"""Tensors that a seed gives back, drawn in our own numpy code (an SVD of the base: scikit-learn's), proven by digest.
 
 A `Recipe` names the generator, the order of the draws, shapes, bounds, how the arithmetic rounds, and the
 dtype that the values went through, so that it means the same on every machine and torch version. Its kinds are the
@@ -30,30 +30,36 @@ from adapterpack.recipes._kinds import (
     Uniform,
     UniformRecipe,
 )
+from adapterpack.recipes._svd import INPUTS, OUTPUTS, Factored, SvdRecipe, ways
 from adapterpack.tensor import BF16, F16, F32
 
 __all__ = [
     "FUSED",
+    "INPUTS",
     "METADATA_KEY",
+    "OUTPUTS",
     "TERNARY",
     "TWO_ROUNDINGS",
     "UNIFORM",
     "BalancedRecipe",
     "BasesRecipe",
     "Basis",
+    "Factored",
     "Indices",
     "Normal",
     "NormalRecipe",
     "Places",
     "PlacesRecipe",
     "Recipe",
+    "SvdRecipe",
     "Uniform",
     "UniformRecipe",
     "from_metadata",
+    "ways",
 ]
 
 _KINDS: dict[str, type[Recipe]] = {
-    kind.name: kind for kind in (UniformRecipe, BasesRecipe, PlacesRecipe, BalancedRecipe, NormalRecipe)
+    kind.name: kind for kind in (UniformRecipe, BasesRecipe, PlacesRecipe, BalancedRecipe, NormalRecipe, SvdRecipe)
 }
 
 

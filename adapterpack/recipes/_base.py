@@ -41,6 +41,8 @@ class Recipe:
     """Have its tensors one digest together?"""
     takes_torch: ClassVar[bool] = False
     """Are its bits torch's own, and of the build of torch that draws them?"""
+    takes_base: ClassVar[bool] = False
+    """Are they made of the base's weights? Then its kind says how, and `draw` refuses."""
 
     @property
     def outputs(self) -> list[tuple[str, DType, Shape]]:
@@ -77,9 +79,11 @@ class Recipe:
             torch: The module, for kinds that take it.
 
         Raises:
-            Unsupported: too large, or it takes torch.
+            Unsupported: too large, or it takes torch, or the base.
             InvalidFile: a recorded digest does not agree.
         """
+        if self.takes_base:
+            raise Unsupported(f"a {self.name} recipe takes the base's weights")
         if self.cost > limits.RECIPE_ELEMENTS:
             raise Unsupported(f"the recipe would draw more than {limits.RECIPE_ELEMENTS:,} numbers")
         if self.takes_torch and torch is None:

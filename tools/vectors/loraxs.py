@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,61 @@ def invalid(cases: Cases) -> None:
         cases.both(f"r-{case}", files, "half-pair", "are not (r, in), (out, r) and (r, r)", **to_lora)
     cases.both("no-a", adapter({b_key: ramp(8, 2), r_key: ramp(2, 2)}), "half-pair", "lacks lora_A", **to_lora)
     cases.both("r-alone", adapter({r_key: ramp(2, 2)}), "half-pair", "has R alone", **to_lora)
+    lean(cases)
     twice = adapter({**pair, r_key: ramp(2, 2), f"{PFX}{Q}{OLD}": ramp(2, 2)})
     cases.add("two-names", twice, "convert", error="invalid", message="under two names", **to_lora)
     dora = adapter({**pair, r_key: ramp(2, 2)}, use_dora=True)
     cases.add("and-dora", dora, "convert", error="unsupported", message="DoRA and MiCA do not go with", **to_lora)
+
+
+def lean(cases: Cases) -> None:
+    """R alone, with a record of how the base gives A and B that does not hold."""
+    a_key, b_key, r_key = f"{PFX}{Q}.lora_A.weight", f"{PFX}{Q}.lora_B.weight", f"{PFX}{Q}{NEW}"
+    draw = {"name": Q, "A": a_key, "B": b_key, "shape": [8, 8], "rank": 2}
+    record = {
+        "name": "truncated-svd",
+        "generator": "scikit-learn",
+        "draws": [draw],
+        "iterations": 10,
+        "seed": 42,
+        "signs": "outputs",
+        "threads": 1,
+        "through": "F32",
+        "stored": "F32",
+        "libraries": {},
+        "sha256": {a_key: "0" * 64, b_key: "0" * 64},
+        "keys": {},
+    }
+
+    def seed(arrays: dict[str, Any] | None = None, version: int = 1, **changed: Any) -> Files:
+        said = {"version": version, "recipe": {**record, **changed}}
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        metadata = {"format": "pt", "adapterpack": json.dumps(said)}
+        return directory(fields, {r_key: ramp(2, 2)} if arrays is None else arrays, metadata)
+
+    def refused(case: str, files: Files, message: str, error: str = "invalid") -> None:
+        cases.add(f"seed-{case}", files, "convert", error=error, message=message, to="lora")
+
+    refused("no-base", seed(), "left to the base's weights", "wrong-base")
+    cases.add("seed-misread", seed(), "check", finding="misread-by-peft")
+    refused("r-of-another-rank", seed({r_key: ramp(3, 3)}), "a part of rank 2 was recorded")
+    cases.add("seed-r-of-another-rank-check", seed({r_key: ramp(3, 3)}), "check", finding="half-pair")
+    v_key = r_key.replace("q_proj", "v_proj")
+    refused("module-unsaid", seed({r_key: ramp(2, 2), v_key: ramp(2, 2)}), "of the modules that")
+    refused("module-twice", seed(draws=[draw, draw]), "one digest for each")
+    other = {**draw, "A": b_key, "B": a_key}
+    refused("a-and-b-exchanged", seed(draws=[other]), "of the modules that")
+    refused("rank-above-shape", seed(draws=[{**draw, "rank": 9}]), "is not a recipe")
+    refused("shape-of-three", seed(draws=[{**draw, "shape": [8, 8, 8]}]), "is not a recipe")
+    refused("digest-missing", seed(sha256={a_key: "0" * 64}), "one digest for each")
+    refused("integers-stored", seed(stored="I32"), "unknown arithmetic or dtype")
+    refused("threads-none", seed(threads=0), "is not a recipe")
+    refused("more-iterations", seed(iterations=10**6), "is not a recipe")
+    refused("other-seed", seed(seed=1), "is not a recipe")
+    refused("signs-unknown", seed(signs="both"), "is not a recipe")
+    refused("field-too-many", seed(oversamples=10), "is not a recipe")
+    refused("libraries-list", seed(libraries=[]), "is not a recipe")
+    refused("version-2", seed(version=2), "has version 2", "unsupported")
+    uniform = {"name": "uniform", "generator": "mt19937", "order": "", "arithmetic": "fused"}
+    drawn = [{"name": n, "shape": [2, 8], "bound": "0x1p-1"} for n in (a_key, b_key)]
+    refused("drawn-uniformly", seed(**uniform, draws=drawn), "not one that gives them")

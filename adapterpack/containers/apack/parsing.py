@@ -209,7 +209,7 @@ class _Reader:
             recipe = recipes.from_metadata({recipes.METADATA_KEY: text})
         except AdapterpackError as e:
             raise type(e)(f"{self.where}: a recipe of its manifest: {e.message}", hint=e.hint) from e
-        if recipe is None or recipe.keys or recipe.takes_torch or recipe.to_metadata() != text:
+        if recipe is None or recipe.keys or recipe.takes_torch or recipe.takes_base or recipe.to_metadata() != text:
             raise self.bad("has a recipe that is not written as it should be")
         return recipe
 
