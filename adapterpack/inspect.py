@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.containers import apack
 from adapterpack.errors import InvalidFile, Unsupported
 from adapterpack.io.files import Folder
-from adapterpack.tensor import Tensor
 
 _TRAINING_STATE = ("optimizer.", "scheduler.", "rng_state", "scaler.", "trainer_state.json", "training_args.bin")
 

@@ -7,7 +7,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterpack import accuracy, containers, evidence, lineage, merged_model, methods, pairs, plan, regeneration, sources
+from adapterpack import (
+    accuracy,
+    containers,
+    evidence,
+    lineage,
+    merged_model,
+    methods,
+    pairs,
+    plan,
+    regeneration,
+    sources,
+)
 from adapterpack.accuracy import ModuleError, Pooled
 from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Finding, Method, Progress, Request
 from adapterpack.backend import Backend, TorchBackend

@@ -33,6 +33,8 @@ LAYERS = [
         "card",
         "accuracy",
         "tiles",
+        "evidence",
+        "parts",
         "pairs",
         "rounding",
         "diagnosis",
@@ -75,6 +77,7 @@ LAYERS = [
         "push",
         "pull",
     },
+    {"report"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}

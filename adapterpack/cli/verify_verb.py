@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
+from adapterpack import report as pages
 from adapterpack.accuracy import ModuleError
 from adapterpack.cli import _output as out
 from adapterpack.verify import Verification, verify
@@ -27,6 +29,8 @@ _SHOWN = 10
     callback=out.error_bound,
     help="Largest relative error of a module that counts as equal; 5e-6 between adapters.",
 )
+@click.option("--report", metavar="FILE", help="Write all of it as one HTML page, too, with singular values.")
+@click.option("--overwrite", is_flag=True, help="Replace the report if it exists.")
 @out.device_option
 @out.source_options
 @out.output_options
@@ -37,6 +41,8 @@ def command(
     b: str,
     base: str | None,
     max_error: float | None,
+    report: str | None,
+    overwrite: bool,
     device: str,
     subfolder: str | None,
     allow_pickle: bool,
@@ -47,7 +53,13 @@ def command(
 
     A is the reference. B is an adapter, of any method and encoding, or the model that A was merged into,
     with the base given: then every tensor is compared, and nothing but the rounding of the dtype is allowed.
+    What --json prints is described by adapterpack/cli/schemas/verify.json.
     """
+    protected = tuple(Path(p).expanduser() for p in (a, b, base) if p is not None)
+    if report is not None:
+        pages.refuse(report, overwrite=overwrite, protected=protected)
+    elif overwrite:
+        raise click.UsageError("--overwrite goes with --report")
     with out.progress(quiet or as_json) as progress:
         result = verify(
             a,
@@ -57,8 +69,11 @@ def command(
             device=device,
             subfolder=subfolder,
             allow_pickle=allow_pickle,
+            singular_values=report is not None,
             progress=progress,
         )
+    if report is not None:
+        pages.write(result, report, overwrite=overwrite, protected=protected)
     if as_json:
         out.print_json("verify", result)
     elif not quiet:

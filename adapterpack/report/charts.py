@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from adapterpack.accuracy import ModuleError
 from adapterpack.report import grid, palette, plots
 from adapterpack.report.facts import Facts
-from adapterpack.report.html import Html, code, cosine, join, number, tag
+from adapterpack.report.html import Html, code, cosine, join, number, short, tag
 from adapterpack.report.page import Section
 
 _OTHERS = 60
@@ -47,7 +47,7 @@ def heatmap(f: Facts) -> list[Section]:
         whole = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *rows), class_="heat others")
         parts.append(tag("h3", "Other modules") if stacks else Html())
         parts.append(grid.scrolling(whole, "Other modules"))
-    against = "what honest rounding of its dtype may leave" if f.merged else f"the bound of {number(f.v.max_error)}"
+    against = "what honest rounding of its dtype may leave" if f.merged else f"the bound of {short(f.v.max_error)}"
     lead = f"Relative error of each module against {against}. ▲ marks what lies beyond it or has a fault."
     return [Section("heatmap", "Error by layer", join(parts), lead)]
 
@@ -68,7 +68,9 @@ def _cell(f: Facts, names: Sequence[str]) -> Html:
     value: Html | str = number(shown.rel_error)
     if bad:
         href = f"#{f.row[shown.name]}" if shown.name in f.row else "#findings"
-        value = tag("a", tag("span", "▲", aria_hidden="true"), tag("span", "beyond: ", class_="unseen"), value, href=href)
+        value = tag(
+            "a", tag("span", "▲", aria_hidden="true"), tag("span", "beyond: ", class_="unseen"), value, href=href
+        )
         if isinstance(level, int):
             level = max(level, palette.WITHIN)
     return tag("td", value, class_=f"e{level}" + (" bad" if bad else ""), title=_told(f, shown, len(names)))
@@ -127,11 +129,11 @@ def spectra(f: Facts) -> list[Section]:
         parts.append(tag("h3", "Other modules") if stacks else Html())
         parts.append(grid.scrolling(whole, "Other modules"))
     lead = (
-        f"Of each change of W, the largest on the left, on one logarithmic scale {scale}. Curves that lie on each other"
-        " are of changes of one shape; steep ones could do with a lower rank."
+        f"Of each change of W, the largest on the left, on one logarithmic scale {scale}. Where a curve falls"
+        " steeply, a lower rank would do."
     )
-    if not both:
-        lead = f"Of each change of W, the largest on the left, on one logarithmic scale {scale}."
+    if both:
+        lead += " Where B's line follows the edge of A's area, both have the same."
     return [Section("spectra", "Singular values", join(parts), lead)]
 
 

@@ -49,7 +49,7 @@ class Facts:
     @cached_property
     def row(self) -> dict[str, str]:
         """Name of each module that the table shows to the id of its row."""
-        return {m.name: f"m{n}" for n, m in enumerate(self.v.modules[: ROWS])}
+        return {m.name: f"m{n}" for n, m in enumerate(self.v.modules[:ROWS])}
 
     @cached_property
     def missing(self) -> list[str]:
@@ -59,5 +59,3 @@ class Facts:
     def beyond(self, m: ModuleError) -> bool:
         """Is it one that makes the verdict?"""
         return m.name in self.faults or (not self.merged and not m.rel_error <= self.v.max_error)
-
-

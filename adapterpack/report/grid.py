@@ -12,9 +12,23 @@ from adapterpack.report.html import Html, code, join, tag, text
 _LAYER = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>[0-9]{1,6})\.(?P<kind>.+)", re.S)
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _COLUMNS, _ROWS, _STACKS = 24, 400, 8
-"""More columns are brought together: experts as one, then the rarest as others. More rows or stacks are others too."""
+"""More columns are brought together: experts as one, the rarest as others. More rows or stacks are others too."""
 _ORDER = (
-    *("qkv_proj", "c_attn", "q_proj", "query", "q", "k_proj", "key", "k", "v_proj", "value", "v", "o_proj", "out_proj"),
+    *(
+        "qkv_proj",
+        "c_attn",
+        "q_proj",
+        "query",
+        "q",
+        "k_proj",
+        "key",
+        "k",
+        "v_proj",
+        "value",
+        "v",
+        "o_proj",
+        "out_proj",
+    ),
     *("o", "dense", "c_proj", "gate_up_proj", "gate_proj", "up_proj", "c_fc", "fc1", "w1", "down_proj", "fc2", "w2"),
 )
 
@@ -47,7 +61,7 @@ def grids(names: Iterable[str]) -> tuple[list[Grid], list[str]]:
         else:
             kind = m["kind"].removesuffix(".weight")
             found.setdefault(m["stack"] or "", []).append((int(m["layer"]), kind, name))
-    made = []
+    made: list[Grid] = []
     for stack, entries in sorted(found.items(), key=lambda kv: (-len(kv[1]), kv[0])):
         if len(made) == _STACKS:
             rest += [name for _, _, name in entries]
@@ -113,9 +127,9 @@ def table(grid: Grid, cell: Callable[[Sequence[str]], Html], *, caption: object,
     return scrolling(whole, f"layers of {grid.stack}" if grid.stack else "layers")
 
 
-def scrolling(table: Html, label: str) -> Html:
-    """A region that scrolls sideways, by keyboard too."""
-    return tag("div", table, class_="scroll", role="region", aria_label=label, tabindex=0)
+def scrolling(table: Html, label: str, *, tall: bool = False) -> Html:
+    """A region that scrolls sideways, by keyboard too; a `tall` one also up and down."""
+    return tag("div", table, class_="scroll tall" if tall else "scroll", role="region", aria_label=label, tabindex=0)
 
 
 def named(stack: str) -> Html:

@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Iterable
 
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\uffff\ud800-\udfff]")
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\uffff\ud800-\udfff]"
+)
 """Controls, marks that turn the direction of text around, and what UTF-8 cannot hold."""
 _VOID = {"meta", "wbr", "br", "hr", "input", "col"}
 _NAME = 300
@@ -51,10 +53,12 @@ def tag(element: str, *children: object, **attributes: Attribute) -> Html:
     return Html(f"<{element}{said}>{join(c for c in children if c is not None)}</{element}>")
 
 
-def code(name: str) -> Html:
+def code(name: str, *, breaks: bool = True) -> Html:
     """A name from a file, which may break after its dots and slashes."""
-    short = name if len(name) <= _NAME else f"{name[:_NAME]}…"
-    pieces = re.split(r"(?<=[./])", short)
+    short_name = name if len(name) <= _NAME else f"{name[:_NAME]}…"
+    if not breaks:
+        return tag("code", short_name)
+    pieces = re.split(r"(?<=[./])", short_name)
     return tag("code", Html(tag("wbr").join(text(p) for p in pieces)))
 
 
@@ -75,6 +79,11 @@ def number(x: float | None, digits: int = 2) -> str:
         return f"{x:.{digits + 1}g}" if abs(x) < 1000 else f"{x:.0f}"
     mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def short(x: float) -> str:
+    """A bound, `5e-6`."""
+    return number(x).replace(".0e", "e")
 
 
 def cosine(x: float | None) -> str:

@@ -8,10 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adapterpack.report import palette
-from adapterpack.report.html import Html, count, join, number, tag
+from adapterpack.report.html import Html, count, join, number, short, tag
 
 _POINTS = 64
 """Of a curve: more are thinned out."""
+_WIDTHS = (1060, 660, 330)
+"""Pixels of a picture whose text would be too small if it shrank with the page: the style sheet shows one of them."""
+_HALVES = 40
+"""Half powers of ten that a picture spans at most; what is less is counted with the least."""
 _DEPTH = 1e-6
 """Of the largest singular value of all: what is less is drawn at the bottom."""
 
@@ -21,20 +25,28 @@ _DEPTH = 1e-6
 
 @dataclass(frozen=True)
 class _Scale:
-    """Half powers of ten, from `first` to `last`, a bar each, and one bar before them for errors of 0."""
+    """Half powers of ten, from `first` to `last`, a bar each; apart before them one for 0, if there are any."""
 
     first: int
     last: int
+    zero: bool
     left: float
     width: float
 
-    def x(self, halves: float) -> float:
-        bars = self.last - self.first + 2
-        return self.left + (halves - self.first + 1) * self.width / bars
+    @property
+    def one(self) -> float:
+        """The width of a bar and its gap."""
+        return self.width / (self.last - self.first + 1 + (1.75 if self.zero else 0))
+
+    def x(self, halves: float | None) -> float:
+        """Where a half power of ten lies, and where the bar of zeros begins."""
+        if halves is None:
+            return self.left
+        return self.left + (halves - self.first + (1.75 if self.zero else 0)) * self.one
 
 
 def spread(errors: Sequence[tuple[float, float | None]], bound: float | None, label: str) -> Html:
-    """How many modules have which error, as bars over half powers of ten; drawn twice, for wide and for narrow pages.
+    """How many modules have which error, as bars over half powers of ten; drawn for wide, middling and narrow pages.
 
     Args:
         errors: Relative error and what is allowed, module by module. NaN and infinity are beyond all.
@@ -46,6 +58,7 @@ def spread(errors: Sequence[tuple[float, float | None]], bound: float | None, la
     marks = [*finite, *([bound] if bound else [])]
     first = min((_half(v) for v in marks), default=-14)
     last = max((_half(v) for v in marks), default=-6)
+    first = max(first, last - _HALVES)
     if last - first < 9:
         first, last = first - (9 - last + first) // 2, last + (10 - last + first) // 2
     if len(finite) < len([e for e, _ in errors if e != 0]):
@@ -55,8 +68,7 @@ def spread(errors: Sequence[tuple[float, float | None]], bound: float | None, la
         bins[place] += 1
         colours.setdefault(place, Counter())[palette.level(error, allowed)] += 1
     levels = {place: found.most_common(1)[0][0] for place, found in colours.items()}
-    drawn = [_bars(bins, levels, first, last, bound, width, label) for width in (680, 330)]
-    return Html(drawn[0].replace("<svg", '<svg class="wide"', 1) + drawn[1].replace("<svg", '<svg class="narrow"', 1))
+    return join(_bars(bins, levels, first, last, bound, width, label) for width in _WIDTHS)
 
 
 def _half(x: float) -> int:
@@ -73,14 +85,14 @@ def _bars(
     label: str,
 ) -> Html:
     top, floor = 30, 150
-    scale = _Scale(first, last, 8, width - 16)
+    scale = _Scale(first, last, None in bins, 8, width - 16)
     most = max(bins.values(), default=1)
-    one = scale.width / (last - first + 2)
+    one = scale.one
     shapes: list[Html] = [tag("line", x1=8, x2=width - 8, y1=floor, y2=floor, class_="axis")]
     for place, n in sorted(bins.items(), key=lambda kv: (kv[0] is not None, kv[0] or 0)):
-        x = scale.x(first - 1 if place is None else place)
+        x = scale.x(place)
         height = max(3.0, (floor - top - 16) * n / most)
-        said = f"{count(n, 'module')}: {_range(place, last)}"
+        said = f"{count(n, 'module')}: {_range(place, first, last)}"
         shapes.append(
             tag(
                 "rect",
@@ -95,7 +107,8 @@ def _bars(
         )
         middle = _xy(x + one / 2)
         shapes.append(tag("text", f"{n:,}", x=middle, y=_xy(floor - height - 5), class_="count"))
-    shapes.append(tag("text", "0", x=_xy(scale.x(first - 0.5)), y=floor + 17, class_="tick"))
+    if None in bins:
+        shapes.append(tag("text", "0", x=_xy(scale.x(None) + one / 2), y=floor + 17, class_="tick"))
     step = 2 if (last - first) * 24 < width else 4 if (last - first) * 12 < width else 8
     for half in range(first + first % 2, last + 2, step):
         x = scale.x(half)
@@ -109,19 +122,22 @@ def _bars(
         shapes.append(
             tag(
                 "text",
-                f"allowed {number(bound)}",
+                f"allowed {short(bound)}",
                 x=_xy(x - 6 if near_end else x + 6),
                 y=top - 6,
                 class_="bound end" if near_end else "bound",
             )
         )
-    return tag("svg", *shapes, role="img", aria_label=label, viewBox=f"0 0 {width} {floor + 24}", width=width)
+    box = f"0 0 {width} {floor + 24}"
+    return tag("svg", *shapes, role="img", aria_label=label, viewBox=box, width=width, class_=f"w{width}")
 
 
-def _range(place: int | None, last: int) -> str:
+def _range(place: int | None, first: int, last: int) -> str:
     if place is None:
         return "no error at all"
     low, high = number(10 ** (place / 2)), number(10 ** ((place + 1) / 2))
+    if place == first:
+        return f"up to {high}"
     return f"from {low}" if place == last else f"from {low} to {high}"
 
 
@@ -144,8 +160,8 @@ class Decades:
     def of(cls, curves: Sequence[Sequence[float]]) -> Decades:
         high = max((v for c in curves for v in c if math.isfinite(v)), default=1.0) or 1.0
         low = min((v for c in curves for v in c if v >= high * _DEPTH), default=high)
-        # A power of ten below the least: a flat curve is flat, not a line along the bottom.
-        return cls(10 ** math.ceil(math.log10(high) - 1e-9), 10 ** math.floor(math.log10(low) + 1e-9))
+        # Half of the least and less than a tenth of the largest: a flat curve is no line along the bottom.
+        return cls(high, min(low / 2, high / 10))
 
     def y(self, value: float, height: float) -> float:
         if value <= self.low:
@@ -155,7 +171,7 @@ class Decades:
 
 
 def curve(a: Sequence[float] | None, b: Sequence[float] | None, decades: Decades, label: str) -> Html:
-    """Singular values of one module by their number: A's as an area, B's as a dashed line on it."""
+    """Singular values of one module by their number: A's as an area, B's as a line on it."""
     width, height = 100, 30
     longest = max(len(a or ()), len(b or ()))
     shapes = []
@@ -163,7 +179,6 @@ def curve(a: Sequence[float] | None, b: Sequence[float] | None, decades: Decades
         line = _points(a, longest, decades, width, height)
         end = line.rpartition(" ")[2].partition(",")[0]
         shapes.append(tag("polygon", points=f"0,{height} {line} {end},{height}", class_="area"))
-        shapes.append(tag("polyline", points=line, class_="side-a"))
     if b:
         shapes.append(tag("polyline", points=_points(b, longest, decades, width, height), class_="side-b"))
     return tag(
@@ -185,9 +200,7 @@ def _points(values: Sequence[float], longest: int, decades: Decades, width: int,
     kept = sorted({*range(0, len(values), step), len(values) - 1})
     last = max(1, longest - 1)
     # A pixel is kept free at the top and at the bottom, for the stroke.
-    return " ".join(
-        f"{_xy(width * n / last)},{_xy(1 + decades.y(values[n], height - 2))}" for n in kept
-    )
+    return " ".join(f"{_xy(width * n / last)},{_xy(1 + decades.y(values[n], height - 2))}" for n in kept)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
@@ -204,16 +217,16 @@ def legend() -> Html:
     """What the colours of errors mean, from 0 over the bound to far beyond."""
     within = [tag("i", class_=f"swatch e{n}") for n in range(palette.WITHIN)]
     beyond = [tag("i", class_=f"swatch e{palette.WITHIN + n}") for n in range(3)]
-    far = f"{10 ** (palette.STEP * (palette.WITHIN - 1)):,.0f}"
+    far = f"{round(10 ** (palette.STEP * (palette.WITHIN - 1)), -3):,.0f}"
     return tag(
         "div",
         tag("span", tag("i", "0", class_="swatch ezero"), " no error"),
         tag(
             "span",
-            f"{far[:2]},000× below " if len(far) > 5 else f"{far}× below ",
+            f"over {far}× below ",
             join(within),
-            " the bound",
+            " at the bound",
         ),
-        tag("span", "beyond ", join(beyond), " 100×"),
+        tag("span", "beyond it ", join(beyond), " over 100×"),
         class_="legend",
     )

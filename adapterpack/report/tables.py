@@ -29,7 +29,9 @@ def findings(v: Verification) -> list[Section]:
     kinds: dict[tuple[bool, str], list[Finding]] = {}
     for f in v.findings:
         kinds.setdefault((f.warning, f.code), []).append(f)
-    cards = [_card(code_, found, warning) for (warning, code_), found in sorted(kinds.items(), key=lambda kv: kv[0][0])]
+    cards = [
+        _card(code_, found, warning) for (warning, code_), found in sorted(kinds.items(), key=lambda kv: kv[0][0])
+    ]
     faults = sum(not f.warning for f in v.findings)
     title = "Findings" if faults else "Warnings"
     return [Section("findings", title, tag("div", *cards, class_="cards"))]
@@ -142,7 +144,7 @@ def modules(f: Facts) -> list[Section]:
         role="search",
         class_="search",
     )
-    return [Section("modules", "All modules", join([search, scrolling(table, "All modules")]))]
+    return [Section("modules", "All modules", join([search, scrolling(table, "All modules", tall=True)]))]
 
 
 def _heading(title: str, kind: str, order: str | None) -> Html:
@@ -155,12 +157,16 @@ def _row(f: Facts, m: ModuleError, columns: list[_Column]) -> Html:
     if bad and isinstance(level, int):
         level = max(level, palette.WITHIN)
     mark = tag("span", tag("i", class_=f"swatch e{level}"), class_="level")
-    beyond = tag("span", "▲ ", tag("span", "beyond what is allowed: ", class_="unseen"), class_="beyond") if bad else None
+    beyond = (
+        tag("span", "▲ ", tag("span", "beyond what is allowed: ", class_="unseen"), class_="beyond") if bad else None
+    )
     cells = []
     for c in columns:
         first = c.title == "relative error"
         cells.append(tag("td", mark if first else None, c.shown(m), data_v=_sortable(c.value(m))))
-    return tag("tr", tag("th", beyond, code(m.name), scope="row", data_v=m.name), *cells, id=f.row[m.name])
+    return tag(
+        "tr", tag("th", beyond, code(m.name, breaks=False), scope="row", data_v=m.name), *cells, id=f.row[m.name]
+    )
 
 
 def _sortable(x: float | None) -> str:
@@ -189,7 +195,11 @@ def sizes(f: Facts) -> list[Section]:
             cells.append(tag("td", tag("span", text), plots.bar((n or 0) / most, f"side-{s.side.lower()}")))
         rows.append(tag("tr", *cells))
     foot = [
-        tag("tr", tag("th", "all files" if not f.merged else "together", scope="row"), *(tag("td", _total(s.bytes)) for s in sides)),
+        tag(
+            "tr",
+            tag("th", "all files" if not f.merged else "together", scope="row"),
+            *(tag("td", _total(s.bytes)) for s in sides),
+        ),
         tag("tr", tag("th", "tensors", scope="row"), *(tag("td", _tensors(s.tensors, s.dtypes)) for s in sides)),
     ]
     head = tag("tr", tag("th", "part", scope="col"), *(tag("th", s.side, scope="col") for s in sides))
@@ -221,7 +231,11 @@ def _total(n: int) -> Html:
 
 
 def _tensors(n: int, dtypes: dict[str, int]) -> str:
-    return f"{n:,}: {', '.join(f'{m:,} {d}' for d, m in dtypes.items())}" if len(dtypes) != 1 else f"{n:,} {next(iter(dtypes))}"
+    return (
+        f"{n:,}: {', '.join(f'{m:,} {d}' for d, m in dtypes.items())}"
+        if len(dtypes) != 1
+        else f"{n:,} {next(iter(dtypes))}"
+    )
 
 
 # -- regenerated tensors -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from adapterpack.report import charts, plots, tables
 from adapterpack.report.facts import Facts
-from adapterpack.report.html import Html, code, cosine, count, join, number, tag
+from adapterpack.report.html import Html, code, cosine, count, join, number, short, tag
 from adapterpack.report.page import Section
 from adapterpack.report.page import page as whole
 from adapterpack.verify import Verification
@@ -38,7 +38,11 @@ def page(v: Verification, *, when: str | None = None) -> str:
 def _verdict(f: Facts) -> Html:
     v = f.v
     if f.merged:
-        title = "The merged model is the base with A in it" if v.equal else "The merged model is not the base with A in it"
+        title = (
+            "The merged model is the base with A in it"
+            if v.equal
+            else "The merged model is not the base with A in it"
+        )
     else:
         title = "A and B make the same change of W" if v.equal else "A and B do not make the same change of W"
     mark = tag(
@@ -82,20 +86,24 @@ def _sentences(f: Facts) -> list[Html]:
             start = f"{beyond:,} of {every} {'lies' if beyond == 1 else 'lie'} beyond the allowed error of "
         else:
             start = f"{every}: {'it' if len(v.modules) == 1 else 'each'} lies within the allowed error of "
-        said.append(join([start, tag("b", number(v.max_error)), _distance(v), "."]))
+        said.append(join([start, tag("b", short(v.max_error)), _distance(v), "."]))
     elif beyond:
-        said.append(join([f"{beyond:,} of {every} {'has' if beyond == 1 else 'have'} a fault that rounding does not explain."]))
+        has = "has" if beyond == 1 else "have"
+        said.append(join([f"{beyond:,} of {every} {has} a fault that rounding does not explain."]))
     else:
         said.append(join([f"{every}: what differs is the rounding of the dtype, and nothing beyond it."]))
     if v.modules and v.modules[0].rel_error != 0:
         worst = v.modules[0]
-        said.append(join(["The worst is ", _linked(f, worst.name), f", off by {number(worst.rel_error)} of its change."]))
+        said.append(
+            join(["The worst is ", _linked(f, worst.name), f", off by {_share(worst.rel_error)} of its change."])
+        )
     if alone:
         said.append(join([f"{count(alone, 'more tensor')} could not be compared at all: the findings say why."]))
     faults = sum(not x.warning for x in v.findings)
     if faults:
-        link = tag("a", count(faults, "finding"), href="#findings")
-        said.append(join([link, " below, with what to do about ", "it." if faults == 1 else "them."]))
+        codes = list(dict.fromkeys(x.code for x in v.findings if not x.warning))
+        more = ", …" if len(codes) > 3 else ""
+        said.append(join([tag("a", count(faults, "finding"), href="#findings"), f": {', '.join(codes[:3])}{more}."]))
     return said
 
 
@@ -111,6 +119,10 @@ def _distance(v: Verification) -> str:
     return f", the worst {_times(1 / times)} below it" if times <= 0.5 else ", the worst close to it"
 
 
+def _share(x: float) -> str:
+    return f"{100 * x:.3g}\u00a0%" if 0.01 <= x < 100 else number(x)
+
+
 def _times(x: float) -> str:
     return f"{x:.1f} times" if x < 10 else f"{x:,.0f} times" if x < 1e6 else f"{number(x)} times"
 
@@ -121,13 +133,15 @@ def _linked(f: Facts, name: str) -> Html:
 
 def _tiles(f: Facts) -> Html:
     v, p = f.v, f.v.pooled
-    allowed = f"allowed {number(f.common)}" if f.common is not None else "of one tensor"
+    allowed = f"allowed {short(f.common)}" if f.common is not None else "of one tensor"
     tiles: list[tuple[str, str, str] | None] = [
         ("Worst relative error", number(v.max_rel_error), allowed),
         ("Pooled relative error", number(p.rel_error), f"{count(p.modules, 'module')} as one") if p.modules else None,
         ("Largest error of a weight", number(v.max_abs_error), "absolute"),
         ("Cosine", cosine(p.cosine), "of both changes, pooled") if p.cosine is not None else None,
-        ("Units in the last place", number(p.mean_ulp), f"mean; at most {number(p.max_ulp)}") if p.mean_ulp is not None else None,
+        ("Units in the last place", number(p.mean_ulp), f"mean; at most {number(p.max_ulp)}")
+        if p.mean_ulp is not None
+        else None,
         ("Weights compared", _many(p.elements), f"in {count(p.modules, 'module')}") if p.elements else None,
     ]
     return tag(
@@ -174,4 +188,3 @@ def _notes(v: Verification) -> list[Section]:
     if not v.notes:
         return []
     return [Section("notes", "Notes", tag("ul", *(tag("li", n) for n in v.notes), class_="notes"))]
-
