@@ -123,8 +123,19 @@ def table(grid: Grid, cell: Callable[[Sequence[str]], Html], *, caption: object,
         )
         for layer in grid.rows
     ]
-    whole = tag("table", tag("caption", caption), tag("thead", *rows), tag("tbody", *body), class_=class_)
+    whole = tag(
+        "table",
+        tag("caption", caption),
+        tag("thead", *rows),
+        tag("tbody", *body),
+        class_=f"{class_} k{len(grid.columns)}",
+    )
     return scrolling(whole, f"layers of {grid.stack}" if grid.stack else "layers")
+
+
+def css() -> str:
+    """Rules that keep columns wide enough to read, however many there are: narrower pages scroll."""
+    return "".join(f".k{n}{{min-width:{3 + 4 * n}rem}}" for n in range(1, _COLUMNS + 1)) + "\n"
 
 
 def scrolling(table: Html, label: str, *, tall: bool = False) -> Html:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from adapterpack.report import palette
+from adapterpack.report import grid, palette
 from adapterpack.report.html import Html, join, tag
 from adapterpack.version import __version__
 
@@ -48,7 +48,7 @@ def page(title: str, head: Html, sections: Sequence[Section], *, when: str | Non
         sections: In order.
         when: A date to be told at the end; without it the same facts give the same bytes.
     """
-    style = files(__package__).joinpath("style.css").read_text("utf-8") + palette.css()
+    style = files(__package__).joinpath("style.css").read_text("utf-8") + palette.css() + grid.css()
     script = files(__package__).joinpath("script.js").read_text("utf-8")
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none';"

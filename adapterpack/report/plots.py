@@ -224,9 +224,9 @@ def legend() -> Html:
         tag(
             "span",
             f"over {far}× below ",
-            join(within),
+            tag("span", *within, class_="ramp"),
             " at the bound",
         ),
-        tag("span", "beyond it ", join(beyond), " over 100×"),
+        tag("span", "beyond it ", tag("span", *beyond, class_="ramp"), " over 100×"),
         class_="legend",
     )

@@ -82,8 +82,9 @@ def _sentences(f: Facts) -> list[Html]:
     if not v.modules:
         said.append(join(["Nothing could be compared."]))
     elif not f.merged:
-        if beyond:
-            start = f"{beyond:,} of {every} {'lies' if beyond == 1 else 'lie'} beyond the allowed error of "
+        over = sum(not m.rel_error <= v.max_error for m in v.modules)
+        if over:
+            start = f"{over:,} of {every} {'lies' if over == 1 else 'lie'} beyond the allowed error of "
         else:
             start = f"{every}: {'it' if len(v.modules) == 1 else 'each'} lies within the allowed error of "
         said.append(join([start, tag("b", short(v.max_error)), _distance(v), "."]))
@@ -92,8 +93,8 @@ def _sentences(f: Facts) -> list[Html]:
         said.append(join([f"{beyond:,} of {every} {has} a fault that rounding does not explain."]))
     else:
         said.append(join([f"{every}: what differs is the rounding of the dtype, and nothing beyond it."]))
-    if v.modules and v.modules[0].rel_error != 0:
-        worst = v.modules[0]
+    worst = next(filter(f.beyond, v.modules), v.modules[0] if v.modules else None)
+    if worst is not None and worst.rel_error != 0:
         said.append(
             join(["The worst is ", _linked(f, worst.name), f", off by {_share(worst.rel_error)} of its change."])
         )
