@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterpack import containers, methods, sources
+from adapterpack import containers, methods, parts, sources
 from adapterpack.adapter import Adapter, Method
 from adapterpack.base import Base
 from adapterpack.checkpoint import Checkpoint
@@ -176,13 +176,6 @@ def _base_model(c: Checkpoint) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _sizes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for part, tensor in tensors:
-        sizes[part] += tensor.nbytes
-    return dict(sizes.most_common())
-
-
 def _dtypes(c: Checkpoint) -> dict[str, int]:
     return dict(Counter(t.dtype.name for t in c.tensors.values()).most_common())
 
@@ -198,7 +191,7 @@ def _opaque(c: Checkpoint, reason: str) -> Inspection:
         resumable=True,
         ranks={},
         dtypes=_dtypes(c),
-        parts=_sizes(("tensors", t) for t in c.tensors.values()),
+        parts=parts.sizes(("tensors", t) for t in c.tensors.values()),
         training_state=_training_state(c),
         savings=(),
         unsupported=reason,
@@ -232,7 +225,7 @@ def _known(c: Checkpoint, method: Method, a: Adapter, notes: list[str]) -> Inspe
         resumable=a.encoding != "topk",
         ranks=ranks,
         dtypes=_dtypes(c),
-        parts=_sizes(_parts(a)),
+        parts=parts.sizes(parts.of(a)),
         training_state=_training_state(c),
         savings=tuple(_savings(c, a)),
         unsupported=None,
@@ -265,21 +258,8 @@ def _zeros(tensor: Tensor) -> tuple[int, int]:
     return sum(not value & magnitude for value in values), len(values)
 
 
-def _parts(a: Adapter) -> Iterable[tuple[str, Tensor]]:
-    for params in a.modules.values():
-        yield from ((name, p.tensor) for name, p in params.items())
-    yield from ((name, p.tensor) for name, p in a.shared.items())
-    for entries in a.replaced.values():
-        for r in entries:
-            what = "token rows" if r.rows is not None else "saved embeddings"
-            if r.rows is None and ".base_layer." not in r.param.key:
-                what = "modules_to_save"
-            yield ("biases" if r.param.key.endswith(".bias") else what), r.param.tensor
-    yield from (("unknown", t) for t in a.extra.values())
-
-
 def _savings(c: Checkpoint, a: Adapter) -> Iterable[str]:
-    sizes = _sizes(_parts(a))
+    sizes = parts.sizes(parts.of(a))
     if a.encoding == "full-logits":
         k = c.config.get("topk", 2)
         yield f"logits beyond the {k} largest of each sub-vector: adapterpack compress"

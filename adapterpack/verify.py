@@ -7,12 +7,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterpack import accuracy, containers, lineage, merged_model, methods, pairs, plan, regeneration, sources
+from adapterpack import (
+    accuracy,
+    containers,
+    evidence,
+    lineage,
+    merged_model,
+    methods,
+    pairs,
+    plan,
+    regeneration,
+    sources,
+)
 from adapterpack.accuracy import ModuleError, Pooled
 from adapterpack.adapter import EQUIVALENT_ERROR, Adapter, Finding, Method, Progress, Request
 from adapterpack.backend import Backend, TorchBackend
 from adapterpack.base import Base
 from adapterpack.errors import AdapterpackError, InvalidFile, UsageError
+from adapterpack.evidence import Side, Spectrum
 from adapterpack.regeneration import Regenerated
 
 
@@ -35,6 +47,8 @@ class Verification:
         device: Where it was computed, `torch cpu`.
         pooled: All modules as one.
         regenerated: Seeded tensors that were drawn again, and what they agree with.
+        sides: How large A and B are, part by part.
+        spectra: Singular values of the changes of both, where they are low-rank; only if they were asked for.
     """
 
     equal: bool
@@ -55,6 +69,8 @@ class Verification:
     device: str
     pooled: Pooled
     regenerated: tuple[Regenerated, ...] = ()
+    sides: tuple[Side, ...] = ()
+    spectra: tuple[Spectrum, ...] = ()
 
 
 def verify(
@@ -66,6 +82,7 @@ def verify(
     device: str = "auto",
     subfolder: str | None = None,
     allow_pickle: bool = False,
+    singular_values: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare adapter A, the reference, with adapter B, or with the merged model B of `base`.
@@ -79,6 +96,7 @@ def verify(
             nothing beyond the rounding of the dtype for a merged model.
         device: Where the maths runs.
         subfolder: Which adapter of A, if there are several.
+        singular_values: Find those of every low-rank change of both, for a report.
 
     Raises:
         UsageError: B is a model and no base is given.
@@ -97,7 +115,7 @@ def verify(
         model = sources.open_base(base, stack)
         if sources.is_model(b):
             found = _against_model((method_a, adapter_a), b, model, xp, max_error, stack, progress)
-            return _verdict(found, named, xp, [("A", method_a, adapter_a)], model)
+            return _verdict(found, named, xp, [("A", method_a, adapter_a)], model, singular_values, merged=b)
         other = stack.enter_context(containers.open_checkpoint(b, allow_pickle=allow_pickle, base=here))
         other.prove()
         method_b, adapter_b = methods.parse(other)
@@ -110,7 +128,7 @@ def verify(
         )
         found = _Found(errors, findings, notes, bound)
         sides = [("A", method_a, adapter_a), ("B", method_b, adapter_b)]
-        return _verdict(found, named, xp, sides, model)
+        return _verdict(found, named, xp, sides, model, singular_values)
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,8 @@ def _verdict(
     xp: Backend,
     sides: list[tuple[str, Method, Adapter]],
     model: Base | None,
+    spectra: bool,
+    merged: Path | None = None,
 ) -> Verification:
     request = Request(xp=xp, shapes=model)
     drawn = [r for side, method, adapter in sides for r in regeneration.regenerate(side, method, adapter, request)]
@@ -213,6 +233,9 @@ def _verdict(
     worst = sorted(found.errors, key=lambda e: -e.rel_error if e.rel_error == e.rel_error else -math.inf)
     pooled = accuracy.pooled(found.errors)
     max_rel = max((e.rel_error for e in found.errors), default=0.0)
+    sizes = [evidence.of_adapter(side, adapter) for side, _, adapter in sides]
+    if merged is not None:
+        sizes.append(evidence.of_model("B", merged, {e.name for e in found.errors}))
     (_, _, a), b = sides[0], sides[1][2] if len(sides) > 1 else None
     return Verification(
         equal=all(f.warning for f in findings) and max_rel <= found.bound,
@@ -233,4 +256,6 @@ def _verdict(
         device=xp.name,
         pooled=pooled,
         regenerated=tuple(drawn),
+        sides=tuple(sizes),
+        spectra=evidence.all_spectra(sides, request) if spectra else (),
     )

@@ -34,6 +34,8 @@ LAYERS = [
         "card",
         "accuracy",
         "tiles",
+        "evidence",
+        "parts",
         "pairs",
         "rounding",
         "diagnosis",
@@ -84,6 +86,7 @@ LAYERS = [
         "push",
         "pull",
     },
+    {"report"},
     {"cli"},
 ]
 RANK = {name: n for n, layer in enumerate(LAYERS) for name in layer}

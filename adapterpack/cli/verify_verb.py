@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
+from adapterpack import report as pages
 from adapterpack.accuracy import ModuleError
 from adapterpack.answers import Figures
 from adapterpack.behaviour import Behaviour
@@ -37,6 +39,8 @@ _SHOWN = 10
     " input_ids. Takes adapterpack[transformers] and --base.",
 )
 @click.option("--dtype", metavar="T", help="What models compute in, with --prompts; float32 if not given.")
+@click.option("--report", metavar="FILE", help="Write all of it as one HTML page, too, with singular values.")
+@click.option("--overwrite", is_flag=True, help="Replace the report if it exists.")
 @out.device_option
 @out.source_options
 @out.output_options
@@ -49,6 +53,8 @@ def command(
     max_error: float | None,
     prompts: str | None,
     dtype: str | None,
+    report: str | None,
+    overwrite: bool,
     device: str,
     subfolder: str | None,
     allow_pickle: bool,
@@ -60,12 +66,18 @@ def command(
     A is the reference. B is an adapter, of any method and encoding, or the model that A was merged into,
     with the base given: then every tensor is compared, and nothing but the rounding of the dtype is allowed.
     With prompts the answers are compared as well, beside the noise of running one model twice.
+    What --json prints is described by adapterpack/cli/schemas/verify.json.
     """
     if dtype is not None and prompts is None:
         raise click.UsageError("--dtype goes with --prompts", ctx)
     if prompts is not None and base is None:
         raise click.UsageError("--prompts runs models: name the base, with --base BASE", ctx)
     behaviour: Behaviour | None = None
+    protected = tuple(Path(p).expanduser() for p in (a, b, base) if p is not None)
+    if report is not None:
+        pages.refuse(report, overwrite=overwrite, protected=protected)
+    elif overwrite:
+        raise click.UsageError("--overwrite goes with --report")
     with out.progress(quiet or as_json) as progress:
         result = verify(
             a,
@@ -75,6 +87,7 @@ def command(
             device=device,
             subfolder=subfolder,
             allow_pickle=allow_pickle,
+            singular_values=report is not None,
             progress=progress,
         )
         if prompts is not None:
@@ -90,6 +103,8 @@ def command(
                 allow_pickle=allow_pickle,
                 progress=progress,
             )
+    if report is not None:
+        pages.write(result, report, overwrite=overwrite, protected=protected)
     if as_json:
         out.print_json("verify", result, behaviour=behaviour)
     elif not quiet:
