@@ -250,6 +250,6 @@ def _through(target: str, xs: list[Change], ys: list[Change], xp: Backend, model
     for block in plan.blocks(tensor, every, xp, once=True):
         w = sides[0].base(block)
         reference = xp.f64(w)
-        x, y = (loaded.exact(w, block)[0] - reference if loaded.steps else None for loaded in sides)
+        x, y = (loaded.exact(w, block) - reference if loaded.steps else None for loaded in sides)
         sums.add(x, y)
     return sums

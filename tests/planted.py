@@ -428,8 +428,8 @@ FAULTS: dict[str, Fault] = {
     "T8: one tensor many times": Fault("T8", "randlora", "duplicated-tensors", as_it_is, warning=True),
     "T9: places not in the file": Fault("T9", "fourier", "not-self-contained", as_it_is, warning=True),
     "T9: PiSSA": Fault("T9", "pissa", "changes-the-base", as_it_is, warning=True),
-    "T9: LoRA-XS": Fault("T9", "lora", "lora-xs", _latent),
-    "T9: a variant": Fault("T9", "lora", "not-read", _config(use_qalora=True), warning=True),
+    "T9: LoRA-XS": Fault("T9", "lora", "misread-by-peft", _latent),
+    "T9: a variant": Fault("T9", "lora", "not-read", _config(use_tomorrows_lora=True), warning=True),
 }
 
 

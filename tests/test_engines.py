@@ -416,7 +416,7 @@ def test_the_command_line(place: Path, tmp_path: Path) -> None:
         return done.returncode, json.loads(done.stdout)
 
     code, said = call("check", str(place / "rslora"), "--for", "sglang")
-    assert code == 3 and [f["code"] for f in said["findings"]] == ["scale"]
+    assert code == 3 and [f["code"] for f in said["findings"] if not f["warning"]] == ["scale"]
     assert "1.73" in said["findings"][0]["message"] or "0.577" in said["findings"][0]["message"]
     code, said = call("convert", str(place / "rslora"), str(tmp_path / "out"), "--for", "sglang")
     assert code == 0 and "--lora-paths out=" in said["serve"] and said["grade"] == "equivalent"

@@ -231,15 +231,6 @@ def _incomplete(c: Checkpoint) -> Iterator[Finding]:
             "adapterpack convert SRC DST --to lora --init INIT_ADAPTER makes plain LoRA of it",
             warning=True,
         )
-    latent = next((k for k in c.tensors if "_lora_latent" in k), None) if c.peft_type == "LORA" else None
-    if latent is not None:
-        yield Finding(
-            "lora-xs",
-            latent,
-            "it is LoRA-XS that calls itself LoRA: PEFT drops the latent matrix silently, and adds the base's own"
-            " leading part to it again",
-            "load it with the code that wrote it, and merge it there",
-        )
     lacks = _NOT_IN_FILE.get(c.peft_type)
     if lacks:
         yield Finding(

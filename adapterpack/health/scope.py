@@ -19,7 +19,7 @@ from adapterpack.health import fields
 from adapterpack.health.configs import ALPHA
 from adapterpack.health.naming import MENDED
 from adapterpack.io.patterns import Pattern
-from adapterpack.methods._lora_modules import Scaling, pattern_field
+from adapterpack.methods._lora_modules import Scaling, attention_of, pattern_field
 
 _SHOWN = 5
 _ALL_LINEAR = "all-linear"
@@ -84,7 +84,10 @@ def _listed(value: Any) -> list[Any]:
 def untargeted(a: Adapter) -> list[str]:
     """Modules with tensors that PEFT would not adapt, and so drop."""
     targets = Targets(a.config)
-    return [] if not targets.known else [m for m in a.modules if m not in a.parameters and not targets.take(m)]
+    if not targets.known:
+        return []
+    # An attention's output projection is adapted with the attention.
+    return [m for m in a.modules if m not in a.parameters and not targets.take(attention_of(a, m) or m)]
 
 
 def scope_findings(a: Adapter, model: Base | None) -> Iterator[Finding]:
