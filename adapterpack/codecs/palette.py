@@ -130,7 +130,7 @@ def shared(source: Source, width: int, shape: tuple[int, ...]) -> tuple[int, int
 
     Returns:
         That, and the bits of a place; 0, 0 where its values are too many, or so few that any other code does as well.
-        Of most tensors that is known from a few hundred words.
+        Of most tensors that is known from their first words.
     """
     row = shape[-1]
     rows = math.prod(shape[:-1])
@@ -138,6 +138,8 @@ def shared(source: Source, width: int, shape: tuple[int, ...]) -> tuple[int, int
         return 0, 0
     many = next(k for k in range(min(rows, _MOST_RUN // (row * width)), 0, -1) if rows % k == 0)
     runs = [run for run in dict.fromkeys((many * row, row)) if run >= _LEAST_RUN]
+    if not runs or _palette(np.frombuffer(source.read(0, min(_SAMPLE, *runs) * width), word(width)), 2) is None:
+        return 0, 0
     found = [(run, q) for run in runs if (q := _few(source, width, run))]
     return min(found, key=lambda one: one[1], default=(0, 0))
 
@@ -150,13 +152,13 @@ def _few(source: Source, width: int, run: int) -> int:
 
     # Both ends of a run and its middle: a part of it is rarely like the others by chance.
     size = min(_SAMPLE, run)
-    if _palette(np.concatenate([words(at, at + size) for at in {0, (run - size) // 2, run - size}])) is None:
+    if _palette(np.concatenate([words(at, at + size) for at in {0, (run - size) // 2, run - size}]), 2) is None:
         return 0
     most = 0
     for start in range(0, source.nbytes // width, run):
         x = words(start, start + run)
-        palette = _palette(x)
-        if palette is None or np.count_nonzero(x) < _REPEATS * np.count_nonzero(palette):
+        palette = _palette(x, _REPEATS)
+        if palette is None:
             return 0
         most = max(most, palette.size)
     return _bits(np.array([most - 1])) if most > 2 else 0
@@ -173,9 +175,10 @@ def _palettes(x: Array, run: int) -> list[Array] | None:
     return found
 
 
-def _palette(x: Array) -> Array | None:
+def _palette(x: Array, repeats: int = 0) -> Array | None:
+    """The values, ascending; None where they are too many, or do not occur so often in the mean, zeros aside."""
     # Most that are too many are so in a part already.
-    if np.unique(x[:: max(x.size // _PART, 1)]).size > _MOST:
+    if x.size > 2 * _PART and np.unique(x[:: x.size // _PART]).size > _MOST:
         return None
     found = np.unique(x)
-    return found if found.size <= _MOST else None
+    return found if found.size <= _MOST and np.count_nonzero(x) >= repeats * np.count_nonzero(found) else None
