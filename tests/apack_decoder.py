@@ -31,7 +31,7 @@ KEYS = (
     *("apack", "base", "classes", "dropped", "encoding", "error", "files", "grade", "max_error", "method", "parent"),
     *("producer", "recipes", "source_bytes", "streams", "tensors"),
 )
-STEPS = ["sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits", "grid"]
+STEPS = ["sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits", "grid", "palette"]
 RESERVED = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)}
 DICTIONARY = (Path(__file__).parent.parent / "formats" / "apack" / "dictionary").read_bytes()
 
@@ -245,6 +245,30 @@ def undo_grid(parts: list[bytes], parent: list[int], width: int) -> list[int]:
     return words
 
 
+def undo_palette(parts: list[bytes], n: int, width: int) -> np.ndarray:
+    """The n words of a frame, run by run."""
+    run = int.from_bytes(parts[0][:4], "little")
+    must(len(parts[0]) >= 4 and run >= 256, "no length of runs, or one below 256")
+    sizes = [byte + 1 for byte in parts[0][4:]]
+    must(len(sizes) == (n + run - 1) // run, "another number of palettes than runs")
+    above = [0] * sum(sizes)
+    for plane in parts[1:-1]:
+        must(len(plane) == len(above), "palettes of another length")
+        above = [value << 8 | byte for value, byte in zip(above, plane, strict=True)]
+    q = min(q for q in (1, 2, 4, 8) if max(sizes, default=1) <= 2**q)
+    places = bit_words(parts[-1], n, q).astype(int).tolist()
+    words: list[int] = []
+    for size in sizes:
+        steps, above = above[:size], above[size:]
+        must(0 not in steps[1:], "a value twice")
+        palette = np.cumsum(steps).tolist()
+        must(palette[-1] < 2 ** (8 * width), "a value beyond the width")
+        here, places = places[:run], places[run:]
+        must(max(here) < size, "an index beyond its palette")
+        words += [palette[place] for place in here]
+    return np.array([word >> 1 | (word & 1) << 8 * width - 1 for word in words], np.uint64)
+
+
 def to_words(data: bytes, width: int) -> np.ndarray:
     return np.frombuffer(data, f"<u{width}").astype(np.uint64)
 
@@ -283,6 +307,8 @@ def frame_bytes(parts: list[bytes], size: int, width: int, steps: list[str], par
         words = np.zeros(count, np.uint64)
         for _ in range(width):
             words = words << np.uint64(8) | np.frombuffer(take(count), np.uint8)
+    elif "palette" in steps:
+        words = undo_palette([take() for _ in range(width + 2)], n, width)
     elif "bits" in steps:
         q = take(1)[0]
         must(q <= 8 * width, "words of too many bits")
@@ -320,6 +346,10 @@ def check_steps(steps: list[Any], width: int) -> None:
     must(len({"planes", "bits", "grid"} & set(steps)) <= 1, "two steps that end the chain")
     must("grid" not in steps or ("sub" in steps and width in (2, 4)), "grid without sub or of another width")
     must(not {"grid", "narrow"} <= set(steps), "a grid of narrow words")
+    must(
+        "palette" not in steps or (len(steps) == 1 and width in (2, 4)),
+        "a palette beside others, or of another width",
+    )
     must("narrow" not in steps or width == 4, "narrow of another width")
     must("rotate" not in steps or "planes" in steps, "rotate without planes")
     must("exponents" not in steps or ("rotate" in steps and width >= 2), "exponents without rotate or of bytes")

@@ -20,7 +20,15 @@ Manifest = dict[str, Any]
 CONFIG = b'{"peft_type": "OTHER", "r": 4}'
 LORA = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj"]}'
 CARD = b"# A card\nof a few words, of a few words\n"
-NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+}
 
 
 def sha(data: bytes) -> str:

@@ -93,7 +93,15 @@ def manifest(pack: Path) -> dict[str, Any]:
 
 def _chains() -> list[Chain]:
     """Every chain that there is."""
-    ends = ((), ("bits",), ("planes",), ("rotate", "planes"), ("rotate", "exponents", "planes"), ("grid",))
+    ends = (
+        (),
+        ("bits",),
+        ("planes",),
+        ("rotate", "planes"),
+        ("rotate", "exponents", "planes"),
+        ("grid",),
+        ("palette",),
+    )
     parts = itertools.product((1, 2, 4, 8), ((), ("sub",)), ((), ("gaps",), ("mask",)), ((), ("narrow",)), ends)
     found = []
     for width, *steps in parts:
@@ -141,7 +149,7 @@ def frames(draw: st.DrawFn) -> tuple[Chain, bytes, bytes]:
 
 
 def test_there_are_as_many_chains_as_the_specification_allows() -> None:
-    assert len(CHAINS) == 4 * 6 * 5 - 6 + 6 * 5 + 2 * 3
+    assert len(CHAINS) == 4 * 6 * 5 - 6 + 6 * 5 + 2 * 3 + 2
 
 
 @settings(max_examples=600)

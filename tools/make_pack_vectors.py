@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,11 @@ def stream_cases() -> dict[str, tuple[Callable[[Manifest], object], str]]:
         "step-grid-of-8": (steps("sub", "grid", width=8), chain),
         "step-grid-and-planes": (steps("sub", "planes", "grid"), chain),
         "step-grid-of-narrow": (steps("sub", "narrow", "grid"), chain),
+        "step-palette-and-planes": (steps("planes", "palette"), chain),
+        "step-palette-of-parent": (steps("sub", "palette"), chain),
+        "step-palette-of-gaps": (steps("gaps", "palette"), chain),
+        "step-palette-of-8": (steps("palette", width=8), chain),
+        "step-palette-of-1": (steps("palette", width=1), chain),
         "step-sub-without-parent": (steps("sub", "planes"), "to a parent that it lacks"),
         "stream-field-missing": (drop("streams", 0, "width"), "are wanted"),
         "stream-not-used": (put("streams", 3, {"frames": [[1, 1, 1]], "steps": [], "width": 1}), "fills stream 3"),
@@ -665,6 +671,77 @@ def grid_cases() -> dict[str, tuple[bytes, str, str, Files]]:
     return {name: (data, "invalid", message, files) for name, (data, files, message) in made.items()}
 
 
+def palette_cases() -> Bad:
+    """Each with one fault; `right` has two runs of 300 words, a palette of three values and one of one."""
+    words = np.array([0.5, -1, 3] * 100 + [7] * 300, np.float32)
+    turned = [int(w) << 1 & 0xFFFFFFFF | int(w) >> 31 for w in words.view(np.uint32)]
+    above, places = [], []
+    for run in (turned[:300], turned[300:]):
+        values = sorted(set(run))
+        above += [b - a for a, b in pairwise([0, *values])]
+        places += [values.index(w) for w in run]
+    planes = [bytes(a >> shift & 255 for a in above) for shift in (24, 16, 8, 0)]
+
+    def head(*sizes: int, run: int = 300) -> bytes:
+        return run.to_bytes(4, "little") + bytes(sizes)
+
+    def packed(indices: list[int], per: int = 4) -> bytes:
+        rows = [indices[i : i + per] for i in range(0, len(indices), per)]
+        return bytes(sum(value << 8 // per * i for i, value in enumerate(row)) for row in rows)
+
+    def one(*segments: bytes, size: int = 2400) -> bytes:
+        maker = Maker()
+        stream = maker.stream(4, ["palette"], [(size, list(segments))])
+        maker.config()
+        maker.tensor("w", "F32", (size // 4,), words.tobytes()[:size], stream)
+        maker.model()
+        return maker.pack()
+
+    right = [head(2, 0), *planes, packed(places)]
+    assert apack_decoder.decode(one(*right))
+
+    def but(at: int, segment: bytes) -> bytes:
+        return one(*right[:at], segment, *right[at + 1 :])
+
+    def other(place: int, value: int) -> bytes:
+        return but(5, packed([*places[:place], value, *places[place + 1 :]]))
+
+    def flat(*values: int, sizes: tuple[int, ...] = (2, 0)) -> bytes:
+        return one(head(*sizes), *(bytes(v >> shift & 255 for v in values) for shift in (24, 16, 8, 0)), right[5])
+
+    number, sizes, ascend = (
+        "another number of words than the frame",
+        "of other sizes than they say",
+        "does not ascend",
+    )
+    beyond = "a place beyond its palette"
+    odd = [head(2, run=599), *(plane[:3] for plane in planes), packed([*places[:299], 0, *[1] * 299])]
+    cases = {
+        "palette-runs-of-255": (one(head(2, 0, 0, run=255), *(p + b"\1" for p in planes), right[5]), number),
+        "palette-runs-of-0": (but(0, head(2, 0, run=0)), number),
+        "palette-without-runs": (but(0, head()[:3]), number),
+        "palette-missing": (but(0, head(2)), number),
+        "palette-too-many": (but(0, head(2, 0, 0)), number),
+        "palette-short": (but(1, planes[0][:-1]), sizes),
+        "palette-long": (but(4, planes[3] + b"\1"), sizes),
+        "palette-smaller-than-said": (but(0, head(3, 0)), sizes),
+        "palette-value-twice": (flat(above[0], above[1], 0, above[3]), ascend),
+        "palette-descends": (flat(above[0], above[1], 2**32 - 5, above[3]), ascend),
+        "palette-place-beyond": (other(7, 3), beyond),
+        "palette-place-of-another-run": (other(450, 1), beyond),
+        "palette-places-short": (but(5, right[5][:-1]), number),
+        "palette-places-long": (but(5, right[5] + b"\0"), number),
+        "palette-places-a-byte-each": (but(5, bytes(places)), number),
+        "palette-places-unused": (
+            one(*odd[:-1], odd[-1][:-1] + bytes([odd[-1][-1] | 192]), size=2396),
+            "beyond the last",
+        ),
+        "palette-segment-missing": (one(*right[:-1]), "other segments than"),
+        "palette-segment-too-many": (one(*right, b"\0"), "other segments than"),
+    }
+    return {name: (data, "invalid", message) for name, (data, message) in cases.items()}
+
+
 def _sub_of_a_file() -> bytes:
     maker = Maker(parent={"depth": 1, "name": "before", "sha256": "0" * 64})
     stream = maker.stream(4, ["sub", "bits"], [(8, [b"\0", b""])])
@@ -701,6 +778,7 @@ def lines_cases() -> Bad:
 def invalid() -> None:
     shutil.rmtree(ROOT / "invalid", ignore_errors=True)
     groups = (outer_cases(), stored_cases(), manifest_cases(), frame_cases(), recipe_cases(), lines_cases())
+    groups += (palette_cases(),)
     cases = {name: (*case, {}) for group in groups for name, case in group.items()} | reference_cases()
     assert len(cases) == sum(map(len, groups)) + len(reference_cases())
     for name, (data, code, message, files) in cases.items():
@@ -721,6 +799,7 @@ CHAINS = [
     for end in ([], ["bits"], ["planes"], ["rotate", "planes"], ["rotate", "exponents", "planes"])
     if (not narrow or width == 4) and ("exponents" not in end or width > 1)
 ] + [(width, ["sub", *places, "grid"]) for width in (2, 4) for places in ([], ["gaps"], ["mask"])]
+CHAINS += [(width, ["palette"]) for width in (2, 4)]
 
 
 def words(width: int, steps: list[str], count: int, seed: int) -> tuple[bytes, bytes]:
@@ -737,6 +816,8 @@ def words(width: int, steps: list[str], count: int, seed: int) -> tuple[bytes, b
     x = x.astype(f"<u{width}")
     if "bits" in steps:
         x %= x.dtype.type(50)
+    if "palette" in steps:
+        x = x[rng.integers(0, 7, count)]
     if "narrow" in steps:
         x &= x.dtype.type(0xFFFF0000)
     if {"gaps", "mask"} & set(steps):
@@ -773,6 +854,27 @@ def every_step() -> Files:
         files.append(
             (f"{n:02}.bin", raw, maker.stream(width, steps, [(len(p), split(width, steps, p)) for p in parts]))
         )
+    maker.config()
+    for name, raw, stream in files:
+        maker.file(name, raw, stream=stream)
+    return {"pack.apack": maker.pack()}
+
+
+def palettes() -> Files:
+    """Runs of 256 words and a shorter one, of which the first has so many values; places of 1, 2, 4 and 8 bits."""
+    from adapterpack.codecs.chain import Chain
+
+    maker, files, rng = Maker(), [], np.random.default_rng(21)
+    for width in (2, 4):
+        for values in (1, 2, 3, 4, 5, 16, 17, 256):
+            x = rng.integers(0, 1 << 8 * width, (3, values), np.uint64).astype(f"<u{width}")
+            x[0, -1], x[2, 0] = 0, (1 << 8 * width) - 1
+            used = [np.arange(256) % values, rng.integers(0, values, 256), rng.integers(0, values, 100)]
+            raw = b"".join(row[at].tobytes() for row, at in zip(x, used, strict=True)) + b"rest"[: width - 1]
+            chain = Chain(width, ("palette",), 256)
+            segments = [part.tobytes() for part in chain.split(np.frombuffer(raw, np.uint8))]
+            stream = maker.stream(width, ["palette"], [(len(raw), segments)])
+            files.append((f"{width}-{values:03}.bin", raw, stream))
     maker.config()
     for name, raw, stream in files:
         maker.file(name, raw, stream=stream)
@@ -995,6 +1097,8 @@ def directories() -> dict[str, Files]:
                 root / "trainer", {"w": b, "same": b, "narrow": narrow(b), "i": (b * 3).astype(np.int32)}, state
             ),
         )
+        grids = {n.format(m): coarse(rng, m, b) for n, b in ((packs.Q, 4), (packs.K, 8)) for m in "AB"}
+        pack("few-values", packs.adapter(root / "few-values", grids))
         pickle = packs.write_tree(root / "pickle", {"adapter_config.json": packs.LORA, "adapter_model.bin": b"\x80"})
         pack("pickle", pickle)
         whole = pack("series-0", steps[0])
@@ -1015,6 +1119,13 @@ def adapter(vector: Path, destination: Path) -> Path:
     return packs.write_tree(destination, files)
 
 
+def coarse(rng: np.random.Generator, kind: str, bits: int) -> np.ndarray:
+    """Values of so many bits: rows of one scale each, or a tensor of one."""
+    x = rng.standard_normal((4, 600) if kind == "A" else (600, 4)).astype(np.float32)
+    scale = np.abs(x).max(axis=1 if kind == "A" else None, keepdims=True) / np.float32(2 ** (bits - 1) - 1)
+    return np.round(x / scale) * scale
+
+
 def narrow(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
@@ -1033,6 +1144,7 @@ def vectors() -> None:
     made = {
         "every-step": every_step(),
         "every-step-from-a-parent": every_step_from_a_parent(),
+        "palettes": palettes(),
         "every-dtype": every_dtype(),
         "texts": texts(),
         "recipes": made_recipes(),

@@ -7,7 +7,7 @@ loaded when it is first needed: it brings numpy along.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterpack.errors import InvalidFile
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Buffer = bytes | memoryview | Array
 
-_ORDER = ("sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits", "grid")
+_ORDER = ("sub", "gaps", "mask", "narrow", "rotate", "exponents", "planes", "bits", "grid", "palette")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,14 @@ class Chain:
     Attributes:
         width: Bytes of a word.
         steps: Any of these, in this order: `sub` (the difference to the parent's word), `gaps` or `mask` (zero words
-            left out), `narrow` (4-byte words to 2), `rotate`, `exponents`, and `planes`, `bits` or `grid` at the end.
+            left out), `narrow` (4-byte words to 2), `rotate`, `exponents`, and `planes`, `bits` or `grid` at the end;
+            or `palette` alone.
+        run: For the writer: so many words share a palette; 0: all of a frame.
     """
 
     width: int
     steps: tuple[str, ...] = ()
+    run: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         places = [_ORDER.index(s) if s in _ORDER else -1 for s in self.steps]
@@ -46,6 +49,7 @@ class Chain:
             and not ("exponents" in self.steps and (self.width == 1 or "rotate" not in self.steps))
             and not ("grid" in self.steps and ("sub" not in self.steps or self.width not in (2, 4)))
             and not {"grid", "narrow"} <= set(self.steps)
+            and not ("palette" in self.steps and (len(self.steps) > 1 or self.width not in (2, 4)))
         )
         if not fits:
             raise InvalidFile(f"no chain of steps: {self.width} {' '.join(self.steps)!r:.150}")

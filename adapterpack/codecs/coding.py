@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterpack.codecs import grid, words
+from adapterpack.codecs import grid, palette, words
 from adapterpack.errors import InvalidFile
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def _split(chain: Chain, raw: Array, before: Array | None) -> list[Array]:
             x = x[x != 0]
         elif step == "narrow":
             x = words.narrow(x)
+        elif step == "palette":
+            return palette.split(x, chain.run or x.size)
         elif step == "bits":
             n, packed = words.bits(x)
             return [*segments, np.array([n], np.uint8), packed]
@@ -85,7 +87,9 @@ def join(chain: Chain, segments: Sequence[Buffer], nbytes: int, before: Array | 
     if chain.from_parent:
         assert before is not None
         old = before[: n * chain.width].view(words.word(chain.width))
-    if "grid" in chain.steps:
+    if "palette" in chain.steps:
+        x = palette.join(list(left), n, chain.width)
+    elif "grid" in chain.steps:
         assert old is not None
         x = _join_grid(list(left), old, found)
     else:
@@ -101,6 +105,8 @@ def join(chain: Chain, segments: Sequence[Buffer], nbytes: int, before: Array | 
 def _count(chain: Chain) -> int:
     """How many segments a frame has that holds whole words."""
     width = 2 if "narrow" in chain.steps else chain.width
+    if "palette" in chain.steps:
+        return palette.segments(width)
     side = sum(step in ("gaps", "mask", "exponents", "bits") for step in chain.steps)
     if "grid" in chain.steps:
         return side + grid.SEGMENTS

@@ -493,13 +493,18 @@ def seeds_of_chains() -> Iterator[bytes]:
     for steps in range(1 << len(STEPS)):
         names = tuple(step for n, step in enumerate(STEPS) if steps >> n & 1)
         for power, nbytes in ((0, 5), (1, 64), (2, 66), (3, 128)):
+            # Runs are of 256 words at least: here there are two or three.
+            nbytes += 1200 if "palette" in names else 0
             raw = np.frombuffer(rng.randbytes(nbytes), np.uint8).copy()
+            if "palette" in names:
+                raw[::2] &= 1
+                raw[1::2] = 60
             if "narrow" in names:
                 raw[: nbytes - nbytes % 4].view("<u2")[::2] = 0
             raw[: nbytes // 2 // 8 * 8] = 0
             before = np.arange(nbytes, dtype=np.uint32).astype(np.uint8)
             try:
-                segments = Chain(1 << power, names).split(raw, before)
+                segments = Chain(1 << power, names, 256).split(raw, before)
             except InvalidFile:
                 continue
             parts = b"".join(s.size.to_bytes(2, "little") + s.tobytes() for s in segments)

@@ -72,7 +72,7 @@ def choose(stream: StreamPlan, source: Joined, before: Source | None, total: int
     """
     if stream.noise:
         return Choice(Chain(1), (), BYTES_FRAME)
-    places = _places(source.nbytes)
+    places = _places(stream, source.nbytes)
     sample = [(_raw(source, *place), None if before is None else _raw(before, *place)) for place in places]
     best, smallest = Chain(1), None
     for chain in _candidates(stream, sample):
@@ -80,8 +80,10 @@ def choose(stream: StreamPlan, source: Joined, before: Source | None, total: int
         if smallest is None or size < smallest:
             best, smallest = chain, size
     if best.steps:
-        cut = _cut_pays(best, source, sample)
-        return Choice(best, _levels(best, sample, source.nbytes, total), WORDS_FRAME, cut)
+        cut = _cut_pays(best, source, places, sample)
+        # Of runs that share a palette none is in two frames.
+        frame = WORDS_FRAME // (best.run * best.width) * best.run * best.width if best.run else WORDS_FRAME
+        return Choice(best, _levels(best, sample, source.nbytes, total), frame, cut)
     return Choice(best, (zstd.HUFFMAN, _BEST if source.nbytes <= _PATIENT else _FAIR), BYTES_FRAME)
 
 
@@ -95,12 +97,13 @@ def cuts_in(source: Joined, start: int, stop: int, width: int) -> list[int]:
     return found
 
 
-def _places(nbytes: int) -> list[tuple[int, int]]:
-    """[start, stop) of a few samples."""
+def _places(stream: StreamPlan, nbytes: int) -> list[tuple[int, int]]:
+    """[start, stop) of a few samples, where runs begin if there are any."""
     if nbytes <= _SAMPLES * _SAMPLE:
         return [(0, nbytes)]
-    step = nbytes // _SAMPLES // 8 * 8
-    return [(start, start + _SAMPLE) for start in range(0, _SAMPLES * step, step)]
+    unit = stream.run * stream.width or 8
+    step = max(nbytes // _SAMPLES // unit, 1) * unit
+    return [(start, start + _SAMPLE) for start in range(0, min(_SAMPLES * step, nbytes), step)]
 
 
 def _raw(source: Source, start: int, stop: int) -> Array:
@@ -132,6 +135,8 @@ def _candidates(stream: StreamPlan, sample: list[tuple[Array, Array | None]]) ->
         if sparse:
             yield Chain(width, ("gaps", *steps))
             yield Chain(width, ("mask", *steps))
+    if stream.run:
+        yield Chain(width, ("palette",), stream.run)
     if stream.before is not None:
         for places in ((), ("gaps",), ("mask",)):
             yield Chain(width, ("sub", *places, "planes"))
@@ -161,10 +166,12 @@ def _levels(chain: Chain, sample: list[tuple[Array, Array | None]], nbytes: int,
     return (zstd.HUFFMAN, further) if both < (0.998 if further == _BEST else 0.995) * huffman else (zstd.HUFFMAN,)
 
 
-def _cut_pays(chain: Chain, source: Joined, sample: list[tuple[Array, Array | None]]) -> bool:
+def _cut_pays(
+    chain: Chain, source: Joined, places: list[tuple[int, int]], sample: list[tuple[Array, Array | None]]
+) -> bool:
     """Do the tensors of a stream differ so much that tables of their own are smaller?"""
     plain = cut = 0
-    for (start, stop), (raw, old) in zip(_places(source.nbytes), sample, strict=True):
+    for (start, stop), (raw, old) in zip(places, sample, strict=True):
         cuts = cuts_in(source, start, stop, chain.width)
         for segment in chain.split(raw, old):
             best = len(store(segment, (zstd.HUFFMAN,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adapterpack import limits, methods
 from adapterpack.adapter import Adapter
@@ -50,6 +50,7 @@ class StreamPlan:
         width: Bytes of a word.
         narrow: Are they 4-byte floats whose lower halves are zero?
         noise: Are they known to be incompressible?
+        run: So many words one behind the other have few values; 0: they have not.
         parts: What they are, one behind the other.
         before: The parent's bytes of the same parts; None: it has not all of them.
     """
@@ -58,6 +59,7 @@ class StreamPlan:
     width: int = 1
     narrow: bool = False
     noise: bool = False
+    run: int = 0
     parts: list[Source] = field(default_factory=list)
     before: list[Source] | None = None
 
@@ -237,7 +239,7 @@ def role(name: str) -> str:
 def _grouped(
     plan: Placing, groups: dict[tuple[object, ...], int], name: str, tensor: Tensor, references: References
 ) -> int:
-    """The stream of tensors like this one: dtype, role, width, and whether the parent has it."""
+    """The stream of tensors like this one: dtype, role, width, values, and whether the parent has it."""
     before = references.parent_tensors.get(name)
     if before is not None and (before.dtype != tensor.dtype or before.shape != tensor.shape):
         before = None
@@ -246,9 +248,10 @@ def _grouped(
     narrow = not tiny and tensor.dtype == F32 and _is_narrow(tensor.source)
     width = 0 if tiny else max(tensor.shape, default=1)
     on_edge = not tiny and tensor.shape[0] == width
-    key = (tensor.dtype.name, role(name), width, on_edge, narrow, before is None)
+    run, bits = (0, 0) if tiny else _run(tensor)
+    key = (tensor.dtype.name, role(name), width, on_edge, narrow, run, bits, before is None)
     if key not in groups:
-        groups[key] = _stream(plan, _like(tensor, narrow))
+        groups[key] = _stream(plan, replace(_like(tensor, narrow), run=run))
     stream = plan.streams[groups[key]]
     stream.parts.append(tensor.source)
     if before is not None:
@@ -274,6 +277,15 @@ def _is_narrow(source: Source) -> bool:
         return not np.frombuffer(data, "<u2")[::2].any()
 
     return zero(source.read(0, min(source.nbytes, 4096))) and all(map(zero, chunks(source)))
+
+
+def _run(tensor: Tensor) -> tuple[int, int]:
+    """So many words one behind the other have few values, and the bits that these take; 0, 0: they have not."""
+    from adapterpack.codecs import palette
+
+    if tensor.dtype.name not in ("F32", "F16", "BF16") or len(tensor.shape) < 2:
+        return 0, 0
+    return palette.shared(tensor.source, tensor.dtype.bits // 8, tensor.shape)
 
 
 def _classes(plan: Placing, quantised: list[lines.Quantised]) -> tuple[tuple[int, ...], ...]:
