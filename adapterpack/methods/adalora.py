@@ -22,7 +22,7 @@ from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, finite, flag, positive, require
 from adapterpack.methods._lora_variants import refused_variant
 from adapterpack.methods._products import unflattened
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 peft_type = "ADALORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("lora_", {"A": "lora_A", "B": "lora_B", "E": "lora_E"})
 _EPS = 1e-5
 _OTHER_SWITCHES = ("use_dora", "target_parameters")
@@ -110,10 +111,6 @@ def _factors(scale: float, m: Maths) -> tuple[Array, Array, float]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _shape(module, params)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, floats, positive
 from adapterpack.methods._of_base import linear_shape, lowrank_svd, seed
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 peft_type = "ADAMSS"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("adamss_", {"newB": "adamss_newB", "A.*": "adamss_A.*", "B.*": "adamss_B.*"})
 _KMEANS_SEED, _KMEANS_STEPS = 123456789, 10
 _ANOTHER_SPACE = 0.05
@@ -203,10 +204,6 @@ def _changed(rows: _Rows, part: str, m: Maths, w: Array) -> Array:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _Sizes.of(module, params).rank for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

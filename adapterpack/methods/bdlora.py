@@ -20,7 +20,7 @@ from adapterpack.methods import _lora_variants, lora
 from adapterpack.methods._changes import LowRankChange, replacements
 from adapterpack.methods._keys import KeyTable, flag, positive, require
 from adapterpack.methods._lora_modules import Module, Scaling, modules
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 name = "bdlora"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys: KeyTable = _lora_variants.KEYS
 _SWITCH = "use_bdlora"
 _FIELDS = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
@@ -137,10 +138,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {m.name: _blocks(m, a.config).rank for m in modules(a)}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

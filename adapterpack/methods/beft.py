@@ -16,7 +16,7 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods._changes import VectorChange, replacements
 from adapterpack.methods._keys import KeyTable, floats
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 peft_type = "BEFT"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("beft_", {"bias": "beft_bias"})
 edges: Mapping[str, tuple[Edge, ...]] = {"beft": ()}
 
@@ -54,14 +56,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def _values(tensor: Tensor, xp: Backend) -> Array:
     return xp.f32(tensor).reshape(-1)
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -19,13 +19,15 @@ from adapterpack.methods import _orthogonal
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
 peft_type = "BOFT"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("boft_", {"R": "boft_R", "s": "boft_s"})
 edges: Mapping[str, tuple[Edge, ...]] = {"boft": ()}
 
@@ -70,14 +72,6 @@ def _rotated(m: Maths, w: Array) -> Array:
     flat = values.view(factors * blocks, side, side)
     rotations = _orthogonal.cayley(m, 0.5 * (flat - flat.transpose(1, 2))).view(values.shape)
     return (_orthogonal.butterfly(m, rotations, w.reshape(w.shape[0], -1)) * m["s"].reshape(-1, 1)).reshape(w.shape)
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

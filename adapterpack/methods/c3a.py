@@ -20,7 +20,7 @@ from adapterpack.methods import _findings
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, positive, require
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 peft_type = "C3A"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("c3a_", {"kernel": "c3a_kernel"})
 
 
@@ -62,14 +64,6 @@ def _delta(m: Maths) -> Array:
     delta = fft.fft(spectrum).real.flatten(1).T
     # Divided in the base's dtype.
     return m.lift(m.rounded(delta) / (n * b))
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

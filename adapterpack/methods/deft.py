@@ -21,13 +21,14 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats, positive
 from adapterpack.methods._of_base import choice, linear_shape, number, pair_findings, signs
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
 peft_type = "DEFT"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("deft_", {"P": "deft_P", "R": "deft_R"})
 
 
@@ -111,10 +112,6 @@ def _orthonormal(m: Maths, p: Array) -> Array:
 def ranks(a: Adapter) -> Mapping[str, int]:
     s = _Settings.of(a.config)
     return {module: _sizes(module, params, s)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

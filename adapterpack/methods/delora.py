@@ -18,7 +18,7 @@ from adapterpack.methods import _findings, _to_lora
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, require
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 peft_type = "DELORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _NAMES = ("A", "B", "lambda", "w_norm")
 keys = KeyTable("delora_", {name: f"delora_{name}" for name in _NAMES})
 _LEAST = 1e-4
@@ -77,10 +78,6 @@ def _factors(m: Maths) -> tuple[Array, Array, float]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _shape(module, params)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, flag
 from adapterpack.methods._scattered import drawn_places, frequencies, matrix_shape, number, scattered, values
 from adapterpack.methods._seeded import whole_seed
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 peft_type = "FOURIERFT"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("fourierft_", {"spectrum": "fourierft_spectrum"})
 edges: Mapping[str, tuple[Edge, ...]] = {"fourierft": ()}
 
@@ -53,14 +55,6 @@ def _delta(shape: Shape, scaling: float, seed: int, m: Maths) -> Array:
     spectrum = m["spectrum"]
     dense = scattered(m, shape, drawn_places(m, shape, len(spectrum), seed), spectrum)
     return m.torch.fft.ifft2(dense).real * scaling
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

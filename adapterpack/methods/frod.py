@@ -25,7 +25,7 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.methods._of_base import linear_shape, seed
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 peft_type = "FROD"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 BASIS, SEED = "basis", "seed"
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 keys = KeyTable(
@@ -280,14 +282,6 @@ def _draw(torch: Any, generator: Any, into: int, rate: float) -> Array:
     drawn = torch.randperm(off, generator=generator)[:n]
     rows, columns = drawn // (into - 1), drawn % (into - 1)
     return torch.stack([rows, columns + (columns >= rows)])
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, floats
 from adapterpack.methods._of_base import choice, linear_shape, pair_findings
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 peft_type = "GLORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _PATHS = "ABCDE"
 _WEIGHT, _BIAS = "AB", "CDE"
 keys = KeyTable("glora_", {f"{p}.{n}": f"glora_{p}.{n}" for p in _PATHS for n in ("Xd", "Xu", "X", "zeros")})
@@ -169,10 +170,6 @@ def _bias(forms: Mapping[str, str], m: Maths, bias: Array) -> Array:
 def ranks(a: Adapter) -> Mapping[str, int]:
     found = {module: _Layer(a, module, params).rank for module, params in a.modules.items()}
     return {module: rank for module, rank in found.items() if rank is not None}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, finite, flag, positive, require
 from adapterpack.methods._lora_modules import rank_findings
 from adapterpack.methods._products import on_diagonal
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 peft_type = "GRALORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _GENERAL = ("A_general", "B_general")
 keys = KeyTable(
     "gralora_",
@@ -109,10 +110,6 @@ def _factors(scale: float, m: Maths) -> tuple[Array, Array, float]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _shape(module, params)[2] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

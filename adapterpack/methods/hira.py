@@ -20,7 +20,7 @@ from adapterpack.methods import _findings
 from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 peft_type = "HIRA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _PAIR, _EMBEDDING = ("A", "B"), ("embedding_A", "embedding_B")
 keys = KeyTable("hira_", {name: f"hira_{name}" for name in (*_PAIR, *_EMBEDDING)})
 edges: Mapping[str, tuple[Edge, ...]] = {"hira": ()}
@@ -99,10 +100,6 @@ def _product(m: Maths) -> Array:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _factors(module, params).rank for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

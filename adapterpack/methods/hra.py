@@ -21,7 +21,7 @@ from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats
 from adapterpack.methods._lora_modules import rank_findings
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 peft_type = "HRA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("hra_", {"u": "hra_u"})
 edges: Mapping[str, tuple[Edge, ...]] = {"hra": ()}
 
@@ -68,10 +69,6 @@ def _reflected(reflect: Callable[[Maths, Array, Array], Array], m: Maths, w: Arr
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _vectors(module, params, a.config)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from adapterpack.io.patterns import Pattern
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 peft_type = "IA3"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("ia3_", {"l": "ia3_l"})
 edges: Mapping[str, tuple[Edge, ...]] = {"ia3": ()}
 _FIELD = "feedforward_modules"
@@ -150,14 +152,6 @@ def _scaled(inputs: bool, m: Maths, w: Array) -> Array:
 
 def _scaled_bias(m: Maths, b: Array) -> Array:
     return b * m["l"].reshape(b.shape)
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

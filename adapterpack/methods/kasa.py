@@ -21,7 +21,7 @@ from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, floats
 from adapterpack.methods._lora_modules import Module, Scaling, modules
 from adapterpack.methods._of_base import linear_shape
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 name = "kasa"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _SWITCH, _DIAGONAL = "kasa_config", "lora_diag"
 _FIELDS = {"beta", "gamma"}
 """Of its own config: both are for training."""
@@ -90,10 +91,6 @@ def _changed(scale: float, m: Maths, w: Array) -> Array:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {m.name: _sizes(m)[1] for m in modules(a)}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -14,10 +14,12 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import Unsupported
 from adapterpack.methods._changes import ReplaceChange, replacements
 from adapterpack.methods._keys import KeyTable
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 
 peft_type = "LN_TUNING"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 _COUNT = "num_batches_tracked"
 _PARTS = ("weight", "bias", "running_mean", "running_var", _COUNT)
 keys = KeyTable("ln_tuning_", {part: f"ln_tuning_layers.{part}" for part in _PARTS})
@@ -38,14 +40,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
             )
         for part, param in params.items():
             yield ReplaceChange(f"{module}.{part}", Replaced(param))
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

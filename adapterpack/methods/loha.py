@@ -23,7 +23,7 @@ from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, require
 from adapterpack.methods._lora_modules import Scaling
 from adapterpack.methods._products import hadamard_pair, tucker, tucker_pair, unflattened
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 peft_type = "LOHA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
 _CORES = ("t1", "t2")
 keys = KeyTable("hada_", {name: f"hada_{name}" for name in (*_FACTORS, *_CORES)})
@@ -96,10 +97,6 @@ def _factors(scale: float, m: Maths) -> tuple[Array, Array, float]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _shape(module, params)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -31,7 +31,7 @@ from adapterpack.methods._products import (
     unflattened,
     whole_pair,
 )
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 peft_type = "LOKR"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _MOST = 1 << 40
 """r may be absurdly large: that is how users ask for whole matrices."""
 keys = KeyTable("lokr_", {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")})
@@ -168,10 +169,6 @@ def _pair(m: Maths, name: str) -> Pair:
 def ranks(a: Adapter) -> Mapping[str, int]:
     ranks_of = _Ranks(a)
     return {module: ranks_of.of(module, _parts(module, params)) for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ from adapterpack.methods._dora import DoraChange
 from adapterpack.methods._keys import flag
 from adapterpack.methods._lora_modules import Module, Scaling, attention_of, modules, pattern_field, rank_findings
 from adapterpack.methods._lora_variants import KEYS, refuse
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KEYS
 
 
@@ -126,10 +127,6 @@ def _vector(v: Tensor, xp: Backend) -> Array:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {m.name: m.rank for m in modules(a)} | dict(_parameters.ranks(a))
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

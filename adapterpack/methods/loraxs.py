@@ -26,7 +26,8 @@ from adapterpack.methods._keys import KeyTable, flag, require
 from adapterpack.methods._lora_modules import Module, Scaling, modules
 from adapterpack.methods._of_base import linear_shape
 from adapterpack.methods._seeded import SEED, same
-from adapterpack.recipes import METADATA_KEY, Factored, Recipe, SvdRecipe, ways
+from adapterpack.methods._without import no_recipes
+from adapterpack.recipes import METADATA_KEY, Factored, SvdRecipe, ways
 from adapterpack.tensor import BF16, F16, F32, Tensor
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 name = "loraxs"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _MARK = "lora_latent"
 _OLD, _NEW = "_lora_latent_mapping.weight", ".default_lora_latent_mapping.weight"
 """How older PEFT spelled the key, which took `.default` out wherever it stood, and how PEFT does now."""
@@ -223,10 +225,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {m.name: latent.rank for m, latent in _latents(a, None)}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -10,10 +10,11 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.methods import _shards
 from adapterpack.methods._keys import KeyTable, positive
 from adapterpack.methods._shards import BAT, MINI, STANDARD
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 peft_type = "MISS"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("miss_", {"block": "miss_block"})
 
 
@@ -27,10 +28,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _shards.rank(a, module) for module in a.modules}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -14,11 +14,12 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.methods import _lora_variants, lora
 from adapterpack.methods._keys import KeyTable, positive
 from adapterpack.methods._lora_modules import modules
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 name = "monteclora"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _SWITCH, _SAMPLER = "monteclora_config", "lora_monteclora"
 _STATE = ("std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
 keys = KeyTable("lora_", {**_lora_variants.KEYS.params, **{n: f"lora_monteclora_sampler.{n}" for n in _STATE}})
@@ -39,10 +40,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return lora.ranks(a)
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

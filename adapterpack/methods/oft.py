@@ -23,7 +23,7 @@ from adapterpack.methods import _orthogonal
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats, positive
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 peft_type = "OFT"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("oft_", {"R": "oft_R.weight", "embedding_R": "oft_embedding_R.weight"})
 edges: Mapping[str, tuple[Edge, ...]] = {"oft": ()}
 _MOST_TERMS = 1_000
@@ -173,14 +175,6 @@ def _bounded(m: Maths, q: Array, bound: float) -> Array:
     most = bound / m.lift(m.torch.tensor(float(q.shape[0]), device=q.device)).sqrt()
     norm = m.torch.norm(q, dim=(1, 2), keepdim=True)
     return m.torch.where(norm <= most, q, most * (q / norm))
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

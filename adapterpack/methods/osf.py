@@ -21,13 +21,14 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, floats
 from adapterpack.methods._of_base import linear_shape
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
 peft_type = "OSF"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _NAMES = ("U_low", "S_low", "V_low")
 keys = KeyTable("osf_", {n: f"osf_svd_params.{n}" for n in _NAMES})
 
@@ -75,10 +76,6 @@ def _changed(m: Maths, w: Array) -> Array:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return {module: _sizes(module, params)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, floats
 from adapterpack.methods._of_base import linear_shape, number, pair_findings
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 peft_type = "PEANUT"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _SIDES = ("encoders", "decoders")
 keys = KeyTable(
     "peanut_",
@@ -147,10 +148,6 @@ def _changed(s: _Settings, m: Maths, w: Array) -> Array:
 def ranks(a: Adapter) -> Mapping[str, int]:
     s = _Settings.of(a.config)
     return {module: _sizes(module, params, s)[1] for module, params in a.modules.items()}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

@@ -23,13 +23,14 @@ from adapterpack.methods._changes import replacements
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, flag, floats, positive
 from adapterpack.methods._of_base import choice, linear_shape, lowrank_svd, number, seed, signs
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
 peft_type = "PSOFT"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("psoft_", {n: f"psoft_R.{n}" for n in ("weight", "vector_a", "vector_b")})
 _MOST_TERMS = 1_000
 """Of the Neumann series, and power iterations: each is a product of matrices."""
@@ -200,10 +201,6 @@ def _series(s: _Settings, m: Maths, q: Array) -> Array:
 def ranks(a: Adapter) -> Mapping[str, int]:
     rank = positive(a.config, "r", 32)
     return dict.fromkeys(a.modules, rank)
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

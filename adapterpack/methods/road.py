@@ -21,13 +21,15 @@ from adapterpack.errors import InvalidFile, Unsupported, WrongBase
 from adapterpack.methods._changes import replacements, weight_shape
 from adapterpack.methods._formula import Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, floats, positive
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array
 
 peft_type = "ROAD"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("road_", {"theta": "road_theta", "alpha": "road_alpha"})
 edges: Mapping[str, tuple[Edge, ...]] = {"road": ()}
 _HALVES = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -110,14 +112,6 @@ def _columns(m: Maths, layout: _Layout) -> tuple[Array, Array]:
             v.reshape(-1, layout.group // 2).repeat_interleave(2, dim=0).flatten() for v in (theta, alpha)
         )
     return alpha * theta.cos(), alpha * theta.sin()
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

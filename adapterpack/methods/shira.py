@@ -22,6 +22,7 @@ from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, flag, positive, require
 from adapterpack.methods._scattered import matrix_shape, scattered, values
 from adapterpack.methods._seeded import whole_seed
+from adapterpack.methods._without import no_ranks
 from adapterpack.recipes import Places, PlacesRecipe, Recipe
 from adapterpack.tensor import DTYPES, F32, Shape, Tensor
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 peft_type = "SHIRA"
 keep_dtype: frozenset[str] = frozenset({"indices"})
+ranks = no_ranks
 keys = KeyTable("shira_", {"weight": "shira_weight", "indices": "shira_indices"})
 edges: Mapping[str, tuple[Edge, ...]] = {"shira": ()}
 _INTEGERS = (DTYPES["I32"], DTYPES["I64"], F32)
@@ -77,10 +79,6 @@ def _delta(module: str, shape: Shape, m: Maths) -> Array:
         raise InvalidFile(f"{module}: its indices lie outside of {shape}, or one stands twice")
     # What is not touched keeps its bits: 0 + -0 is 0, but x + -0 is x for every x.
     return scattered(m, shape, places, m["weight"], nothing=-0.0)
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
 
 
 def recipes(a: Adapter) -> Iterator[Recipe]:

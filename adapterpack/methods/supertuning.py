@@ -22,7 +22,7 @@ from adapterpack.methods._changes import logical_shape, replacements
 from adapterpack.methods._formula import DenseChange, Maths, TransformChange
 from adapterpack.methods._keys import KeyTable, finite, flag, require
 from adapterpack.methods._lora_modules import rank_findings
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import BF16, F16, F32, Shape, Tensor
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 peft_type = "SUPERTUNING"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 INDICES, MAGNITUDE = "indices", "magnitude"
 _LOW_RANK = ("A", "B")
 _BASE = "base"
@@ -191,10 +192,6 @@ def _added(choose: _Choose, scale: float, m: Maths, w: Array, weight: float = 1.
 def ranks(a: Adapter) -> Mapping[str, int]:
     found = {module: _parts(a, module).rank for module in a.modules}
     return {module: rank for module, rank in found.items() if rank is not None}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

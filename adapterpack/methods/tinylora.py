@@ -28,6 +28,7 @@ from adapterpack.methods._formula import DenseChange, Maths
 from adapterpack.methods._keys import KeyTable, flag, positive, require
 from adapterpack.methods._scattered import number
 from adapterpack.methods._seeded import PROJECTION, SEED, Drawn, Seeded, whole_seed
+from adapterpack.methods._without import no_recipes
 from adapterpack.recipes import Normal, NormalRecipe, Recipe
 from adapterpack.tensor import BF16, F16, F32, DType, Tensor
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 peft_type = "TINYLORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 keys = KeyTable("tinylora_", {"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"}, shared=("tinylora_v.*",))
 _MOST = 10_000
 """Most modules whose numbers are looked for in what their projections hold."""
@@ -256,10 +258,6 @@ seeded = Seeded(
     needs=Need.NOTHING,
     absent="PEFT draws them anew",
 )
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 # -- the changes -----------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.errors import InvalidFile
 from adapterpack.methods._changes import ReplaceChange, replacements
 from adapterpack.methods._keys import KeyTable, require, token_rows
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 
 peft_type = "TRAINABLE_TOKENS"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("trainable_tokens_", {"delta": "trainable_tokens_delta"})
 edges: Mapping[str, tuple[Edge, ...]] = {"trainable_tokens": ()}
 _FIELD = "token_indices"
@@ -40,14 +42,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
     yield from replacements(a)
     for module, params in a.modules.items():
         yield ReplaceChange(f"{module}.weight", _rows(a, module, params))
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

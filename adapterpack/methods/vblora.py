@@ -31,7 +31,7 @@ from adapterpack.errors import InvalidFile, LossRefused, Unsupported
 from adapterpack.methods import _bank, _to_lora
 from adapterpack.methods._changes import LowRankChange, replacements
 from adapterpack.methods._keys import KeyTable, flag, positive, require
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 from adapterpack.tensor import DTYPES, Tensor, from_numpy
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ keys = KeyTable(
 )
 keep_dtype = frozenset({"weights_A", "weights_B"})
 """PEFT scatters the weights into a float32 matrix: 16-bit ones raise a dtype error."""
+recipes = no_recipes
 
 _ROWS = 4096
 """Sub-vectors treated at a time: bounds memory whatever the file's size."""
@@ -144,10 +145,6 @@ def _factors(sides: Mapping[str, tuple[Tensor, ...]], sizes: _Sizes, xp: Backend
 def ranks(a: Adapter) -> Mapping[str, int]:
     side = "logits_A" if a.encoding == FULL else "indices_A"
     return {m: p[side].tensor.shape[0] for m, p in a.modules.items() if side in p and p[side].tensor.shape}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def index_dtype(vectors: int) -> str:

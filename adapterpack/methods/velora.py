@@ -14,11 +14,12 @@ from adapterpack.checkpoint import Checkpoint
 from adapterpack.methods import _lora_variants, lora
 from adapterpack.methods._keys import KeyTable, positive
 from adapterpack.methods._lora_modules import modules
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_recipes
 
 name = "velora"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+recipes = no_recipes
 _SWITCH, _EMBED = "velora_config", "lora_velora_embed"
 keys = KeyTable("lora_", {**_lora_variants.KEYS.params, _EMBED: _EMBED})
 
@@ -38,10 +39,6 @@ def changes(a: Adapter, request: Request) -> Iterator[Change]:
 
 def ranks(a: Adapter) -> Mapping[str, int]:
     return lora.ranks(a)
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

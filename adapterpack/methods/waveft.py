@@ -22,7 +22,7 @@ from adapterpack.methods._keys import KeyTable, flag
 from adapterpack.methods._scattered import drawn_places, frequencies, matrix_shape, number, scattered, values
 from adapterpack.methods._seeded import whole_seed
 from adapterpack.methods._wavelets import LOWPASS
-from adapterpack.recipes import Recipe
+from adapterpack.methods._without import no_ranks, no_recipes
 from adapterpack.tensor import Shape
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 peft_type = "WAVEFT"
 keep_dtype: frozenset[str] = frozenset()
+ranks = no_ranks
+recipes = no_recipes
 keys = KeyTable("waveft_", {"spectrum": "waveft_spectrum"})
 edges: Mapping[str, tuple[Edge, ...]] = {"waveft": ()}
 
@@ -97,14 +99,6 @@ def _reconstructed(dense: Array, low: Array, m: Maths) -> Array:
     made = m.torch.nn.functional.conv_transpose2d(bands, filters, stride=2)[0, 0]
     edge = len(low) - 2
     return made[edge : made.shape[0] - edge, edge : made.shape[1] - edge]
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return {}
-
-
-def recipes(a: Adapter) -> Iterator[Recipe]:
-    return iter(())
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
