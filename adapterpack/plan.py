@@ -348,4 +348,10 @@ class LoadedSteps:
     def noise(self, w: Array, block: Block) -> Array:
         """How far f32 arithmetic may stray from `exact`, element by element, f32."""
         w = self.xp.f32(w)
-        return sum((change.noise(w, step.block(block)) for change, step in self._at(block)), start=w * 0)
+        noise = w * 0
+        for change, step in self._at(block):
+            own = step.block(block)
+            noise = noise + change.noise(w, own)
+            # The next change is of what this one left.
+            w = self.xp.f32(self.xp.round(change.apply(w, own), self.tensor.dtype))
+        return noise

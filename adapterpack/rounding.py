@@ -191,8 +191,8 @@ class Tally:
         allowed = p.rounded * (self.grid.unit * 1.01) + p.noise + self.grid.tiny if loose else p.once
         outside = error > allowed
         self.not_once += int(outside.sum())
-        if not loose:
-            outside &= p.theirs != p.ours
+        # PEFT's own bits are honest, however coarse its arithmetic is.
+        outside &= p.theirs != p.ours
         if hit := int(outside.sum()):
             self.outside += hit
             self._note_rows(p.row, outside)

@@ -1,4 +1,4 @@
-"""The one assertion that the oracle tests share."""
+"""What the oracle tests share."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def assert_merges_like_peft(workshop: Any, files: Any, adapter: Path, base: Path
     assert result.tensors_copied == len(merged) - len(changed)
     assert result.unmatched == ()
     assert before == (oracle.tree_hash(adapter), oracle.tree_hash(base))
+
+
+_AMBIENT = {"base-reference", "scale-not-plain"}
+"""Warnings that adapters of these tests have for where and how they were made: a local base, an edited rank."""
+
+
+def codes(health: adapterpack.Health) -> set[str]:
+    """Codes of the findings that are about the adapter itself."""
+    return {f.code for f in health.findings if f.code not in _AMBIENT}

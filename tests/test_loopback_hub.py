@@ -391,8 +391,9 @@ def test_the_storage_checks_bytes_and_signatures(hub: LoopbackHub) -> None:
     assert get_session().post(f"{hub.storage_url}/v1/shards", content=b"x").status_code == 401
 
 
-def test_a_token_at_the_storage_fails_the_test(tmp_path: Path) -> None:
+def test_a_token_at_the_storage_fails_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="saw a token"), LoopbackHub(tmp_path) as hub:
+        point_client(monkeypatch, hub)
         headers = {"Authorization": f"Bearer {hub.token}"}
         assert get_session().get(f"{hub.storage_url}/objects/0", headers=headers).status_code == 400
 
@@ -532,8 +533,9 @@ def test_the_token_of_the_environment(hub: LoopbackHub, monkeypatch: pytest.Monk
     assert get_token() is None
 
 
-def test_a_hub_that_is_gone(tmp_path: Path) -> None:
+def test_a_hub_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LoopbackHub(tmp_path) as hub:
+        point_client(monkeypatch, hub)
         assert get_session().get(f"{hub.url}/x").status_code == 404
         assert [r.path for r in hub.unknown] == ["/x"]
     with pytest.raises(httpx2.TransportError):

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import sklearn
 import torch
+from bitexact import codes
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
@@ -115,7 +116,7 @@ def test_peft_misreads_it_and_check_says_so(trained, files) -> None:
         assert wrong > 0.5
     health = adapterpack.check(adapter, base=base)
     assert not health.healthy
-    assert [f.code for f in health.findings] == ["misread-by-peft"]
+    assert codes(health) == {"misread-by-peft"}
     assert "--to lora" in str(health.findings[0].fix)
 
 
@@ -158,7 +159,7 @@ def test_latents_that_do_not_fit_are_refused(what, workshop, files, tmp_path: Pa
     odd = files.edited(tmp_path / "xs", tmp_path / "odd", {key: value})
     with pytest.raises(error, match=message):
         adapterpack.merge(odd, base, tmp_path / "m")
-    assert "half-pair" in {f.code for f in adapterpack.check(odd).findings}
+    assert "half-pair" in codes(adapterpack.check(odd))
 
 
 def test_one_latent_under_two_names_and_dora_are_refused(workshop, files, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_peft_does_nothing_with_it_and_check_says_so(whole, files, tmp_path: Pat
     loaded, original = oracle.peft_merge(base, tmp_path / "lean"), files.tensors(base)
     assert all(files.same(loaded[k], original[k]) for k in original)
     health = adapterpack.check(tmp_path / "lean", base=base)
-    assert [f.code for f in health.findings] == ["misread-by-peft"]
+    assert codes(health) == {"misread-by-peft"}
     assert "changes nothing" in health.findings[0].message
     assert "--base" in str(health.findings[0].fix)
 

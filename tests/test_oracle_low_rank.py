@@ -7,7 +7,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from bitexact import assert_merges_like_peft
+from bitexact import assert_merges_like_peft, codes
 from peft import AdaLoraConfig, DeloraConfig, GraloraConfig
 
 import adapterpack
@@ -163,7 +163,7 @@ def test_broken_shapes_are_refused(name, change, message, workshop, files, tmp_p
     broken = files.edited(adapter, tmp_path / "broken", edited)
     with pytest.raises(InvalidFile, match=message):
         adapterpack.merge(broken, base, tmp_path / "merged")
-    assert "half-pair" in {f.code for f in adapterpack.check(broken).findings}
+    assert "half-pair" in codes(adapterpack.check(broken))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_broken_shapes_are_refused(name, change, message, workshop, files, tmp_p
 )
 def test_another_rank_in_the_config_is_found(name, config, workshop, files, tmp_path: Path) -> None:
     lying = files.edited(workshop.adapter(_BY_NAME[name]), tmp_path / "lying", config=config)
-    assert {f.code for f in adapterpack.check(lying).findings} == {"rank-mismatch"}
+    assert codes(adapterpack.check(lying)) == {"rank-mismatch"}
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_what_the_config_cannot_mean_is_refused(name, config, error, workshop, f
 
 def test_a_hybrid_rank_that_the_tensors_lack_is_found(workshop, files, tmp_path: Path) -> None:
     lying = files.edited(workshop.adapter(_BY_NAME["gralora-llama"]), tmp_path / "lying", config={"hybrid_r": 2})
-    assert ["hybrid_r is 2" in f.message for f in adapterpack.check(lying).findings] == [True]
+    assert any("hybrid_r is 2" in f.message for f in adapterpack.check(lying).findings)

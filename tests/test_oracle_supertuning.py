@@ -7,7 +7,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from bitexact import assert_merges_like_peft
+from bitexact import assert_merges_like_peft, codes
 from peft import SupertuningConfig
 
 import adapterpack
@@ -50,7 +50,7 @@ def test_values_of_one_weight_add_up(dtype, workshop, files, tmp_path: Path) -> 
     twice = files.edited(adapter, tmp_path / "twice", {f"{_Q}.supertuning_indices": indices})
     assert_merges_like_peft(workshop, files, twice, base, tmp_path)
     health = adapterpack.check(twice, base=base)
-    assert health.healthy and {f.code for f in health.findings} == {"duplicate-index"}
+    assert health.healthy and codes(health) == {"duplicate-index"}
 
 
 @pytest.mark.parametrize("name", ["super-llama", "supra"])
@@ -80,7 +80,7 @@ def test_a_weight_of_the_user_scales_it(workshop, files, tmp_path: Path) -> None
 def test_indices_that_were_not_saved_are_found_in_the_base(workshop, files, tmp_path: Path) -> None:
     case = _BY_NAME["super-unsaved"]
     adapter, base = workshop.adapter(case), workshop.base_of(case)
-    assert {f.code for f in adapterpack.check(adapter).findings} == {"unsaved-indices"}
+    assert codes(adapterpack.check(adapter)) == {"unsaved-indices"}
     made = adapterpack.convert(adapter, tmp_path / "indices", to="indices", base=base)
     assert (str(made.grade), made.max_rel_error) == ("equivalent", 0)
     expected, ours = workshop.peft_merge(base, adapter), workshop.peft_merge(base, tmp_path / "indices")
@@ -118,7 +118,7 @@ def test_broken_shapes_are_refused(name, change, message, workshop, files, tmp_p
     broken = files.edited(adapter, tmp_path / "broken", {f"{_Q}.{n}": t for n, t in change.items()})
     with pytest.raises(InvalidFile, match=message):
         adapterpack.merge(broken, base, tmp_path / "merged")
-    assert "half-pair" in {f.code for f in adapterpack.check(broken).findings}
+    assert "half-pair" in codes(adapterpack.check(broken))
 
 
 @pytest.mark.parametrize("index", [-1, 64 * 64, 2**31 - 1])
@@ -130,7 +130,7 @@ def test_an_index_beyond_the_weight_is_refused(index, workshop, files, tmp_path:
     with pytest.raises(InvalidFile, match="indices beyond"):
         adapterpack.merge(broken, base, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    assert "index-out-of-range" in {f.code for f in adapterpack.check(broken, base=base).findings}
+    assert "index-out-of-range" in codes(adapterpack.check(broken, base=base))
 
 
 def test_indices_that_peft_would_ignore_are_refused(workshop, files, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_indices_that_peft_would_ignore_are_refused(workshop, files, tmp_path: P
     lying = files.edited(adapter, tmp_path / "lying", config={"save_precomputed_indices": False})
     with pytest.raises(InvalidFile, match="save_precomputed_indices is false"):
         adapterpack.merge(lying, workshop.base_of(_BY_NAME["super-llama"]), tmp_path / "merged")
-    assert "wrong-index-flag" in {f.code for f in adapterpack.check(lying).findings}
+    assert "wrong-index-flag" in codes(adapterpack.check(lying))
     some = files.edited(adapter, tmp_path / "some", {f"{_Q}.supertuning_indices": None})
     with pytest.raises(InvalidFile, match="lacks indices"):
         adapterpack.merge(some, workshop.base_of(_BY_NAME["super-llama"]), tmp_path / "merged")

@@ -25,6 +25,8 @@ import adapterpack
 from adapterpack import report
 from adapterpack.accuracy import ModuleError, pooled
 from adapterpack.adapter import Finding
+from adapterpack.answers import Figures
+from adapterpack.behaviour import Behaviour, Noise, PromptBehaviour
 from adapterpack.errors import DestinationExists, UsageError
 from adapterpack.evidence import Side, Spectrum
 from adapterpack.regeneration import Regenerated
@@ -445,12 +447,17 @@ def test_the_schema_names_every_field_and_no_other() -> None:
         "regenerated": Regenerated,
         "side": Side,
         "spectrum": Spectrum,
+        "figures": Figures,
+        "noise": Noise,
+        "prompt": PromptBehaviour,
+        "behaviour": Behaviour,
     }
     for name, kind in kinds.items():
         fields = {f.name for f in dataclasses.fields(typing.cast(Any, kind))}
         said = SCHEMA["$defs"][name]
         assert set(said["properties"]) == set(said["required"]) == fields, name
-    assert set(SCHEMA["properties"]) == {"schema", *(f.name for f in dataclasses.fields(Verification))}
+    own = {f.name for f in dataclasses.fields(Verification)}
+    assert set(SCHEMA["properties"]) == set(SCHEMA["required"]) == {"schema", "behaviour", *own}
     assert kinds.keys() == SCHEMA["$defs"].keys()
 
 
@@ -466,7 +473,9 @@ def test_what_is_printed_is_what_the_schema_says(workshop, tmp_path: Path) -> No
         (adapter, vera),
         (vera, vera, "--report", tmp_path / "x.html"),
         (adapter, tmp_path / "m", "--base", base),
+        (adapter, adapter, "--base", base, "--prompts", tmp_path / "prompts.jsonl"),
     ]
+    (tmp_path / "prompts.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4, 5]}\n')
     for call in calls:
         record = run("verify", *call, "--json").json
         assert not list(validator(SCHEMA).iter_errors(record))

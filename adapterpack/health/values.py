@@ -183,8 +183,9 @@ def shape_findings(c: Checkpoint) -> Iterator[Finding]:
     if not c.tensors:
         yield Finding("empty", c.name, "it holds no tensors at all", "save the adapter again")
     for key, t in c.tensors.items():
-        # VB-LoRA's top-1 has no weights to store: the last one is 1 - sum.
-        if not t.numel and not (key.endswith("_topk_weights") and t.shape[-1:] == (0,)):
+        # VB-LoRA's top-1 has no weights to store: the last one is 1 - sum. AdaLoRA prunes modules to nothing.
+        meant = c.peft_type == "ADALORA" or (key.endswith("_topk_weights") and t.shape[-1:] == (0,))
+        if not t.numel and not meant:
             yield Finding(
                 "zero-size",
                 key,
