@@ -18,7 +18,7 @@ test: $(STAMP)  ## lint, types and every test that needs no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 faults: $(STAMP)  ## kill and fail system calls at every write and rename, fill disks (Linux, strace)
 	$(BIN)/python -m pytest -m faults
