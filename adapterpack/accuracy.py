@@ -93,6 +93,11 @@ class Pooled:
     max_ulp: float | None
 
 
+def _dot(x: Array, y: Array) -> float:
+    """The sum of products, without an array for them: half the time of the sum that needs one."""
+    return float(x.reshape(-1) @ y.reshape(-1))
+
+
 @dataclass
 class Sums:
     """What is gathered of one tensor, tile by tile, in f64.
@@ -116,10 +121,10 @@ class Sums:
     def add(self, x: Array, y: Array) -> None:
         """Two tiles of the same f64 values."""
         d = x - y
-        self.difference2 += float((d * d).sum())
-        self.norm2 += float((x * x).sum())
-        self.norm_b2 += float((y * y).sum())
-        self.inner += float((x * y).sum())
+        self.difference2 += _dot(d, d)
+        self.norm2 += _dot(x, x)
+        self.norm_b2 += _dot(y, y)
+        self.inner += _dot(x, y)
         self.max_abs = larger(self.max_abs, float(abs(d).max()) if math.prod(d.shape) else 0.0)
 
     def add_norms(self, difference: float, norm_x: float, norm_y: float, inner: float, max_abs: float) -> None:

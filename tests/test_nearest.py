@@ -130,9 +130,7 @@ def test_rank_goes_with_lora_only(workshop, tmp_path: Path) -> None:
 
 
 def test_a_bare_parameter_is_refused(workshop, tmp_path: Path) -> None:
-    names = [n for n in cases.BY_NAME if "expert" in n or "parameter" in n]
-    if not names:
-        pytest.skip("no case of bare parameters here")
-    adapter, base = workshop.pair(names[0])
+    config = cases.lora(target_modules=[], target_parameters=["experts.down_proj"])
+    case = cases.Case("nearest-experts", config, "mixtral")
     with pytest.raises(Unsupported, match="bare parameter"):
-        adapterpack.convert(adapter, tmp_path / "n", to="lora", base=base, rank=1)
+        adapterpack.convert(workshop.adapter(case), tmp_path / "n", to="lora", base=workshop.base_of(case), rank=1)
