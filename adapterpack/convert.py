@@ -338,7 +338,7 @@ def open_shapes(
         return None, notes
     shapes = stack.enter_context(Base(place, weights=False))
     if strict:
-        shapes.require([f"{m}.weight" for m in a.modules], a.config)
+        shapes.require([t for t in a.targets() if t not in a.replaced], a.config)
     return shapes, notes
 
 
