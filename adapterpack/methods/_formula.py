@@ -17,7 +17,7 @@ from adapterpack import limits
 from adapterpack.adapter import Block, Effect, Kind, Loaded, LowRank, Param, Product
 from adapterpack.errors import InvalidFile, WrongBase
 from adapterpack.methods._changes import linear_kind, transposed
-from adapterpack.tensor import DType, Shape, Tensor
+from adapterpack.tensor import F32, DType, Shape, Tensor
 
 if TYPE_CHECKING:
     from adapterpack.backend import Array, Backend
@@ -242,8 +242,6 @@ class LoadedDense:
 
     @cached_property
     def _free(self) -> Maths:
-        from adapterpack.tensor import F32
-
         return self.change.maths(self.xp, False, F32)
 
     def delta(self, rows: slice) -> Array | None:

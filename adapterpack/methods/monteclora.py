@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from adapterpack.adapter import Adapter, Change, Edge, Finding, Grade, Outcome, Request, Shapes
+from adapterpack.adapter import Adapter, Edge, Finding, Grade, Outcome, Request, Shapes
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.methods import _lora_variants, lora
 from adapterpack.methods._keys import KeyTable, positive
@@ -19,6 +19,9 @@ from adapterpack.methods._without import no_recipes
 name = "monteclora"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+# Its delta weight is plain LoRA's.
+changes = lora.changes
+ranks = lora.ranks
 recipes = no_recipes
 _SWITCH, _SAMPLER = "monteclora_config", "lora_monteclora"
 _STATE = ("std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
@@ -32,14 +35,6 @@ def claims(c: Checkpoint) -> bool:
 
 def parse(c: Checkpoint) -> Adapter:
     return _lora_variants.parse(c, name, keys, _SWITCH, _SAMPLER)
-
-
-def changes(a: Adapter, request: Request) -> Iterator[Change]:
-    return lora.changes(a, request)
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return lora.ranks(a)
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:

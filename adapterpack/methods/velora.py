@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from adapterpack.adapter import Adapter, Change, Edge, Finding, Grade, Outcome, Request, Shapes
+from adapterpack.adapter import Adapter, Edge, Finding, Grade, Outcome, Request, Shapes
 from adapterpack.checkpoint import Checkpoint
 from adapterpack.methods import _lora_variants, lora
 from adapterpack.methods._keys import KeyTable, positive
@@ -19,6 +19,9 @@ from adapterpack.methods._without import no_recipes
 name = "velora"
 peft_type = "LORA"
 keep_dtype: frozenset[str] = frozenset()
+# Its delta weight is plain LoRA's.
+changes = lora.changes
+ranks = lora.ranks
 recipes = no_recipes
 _SWITCH, _EMBED = "velora_config", "lora_velora_embed"
 keys = KeyTable("lora_", {**_lora_variants.KEYS.params, _EMBED: _EMBED})
@@ -31,14 +34,6 @@ def claims(c: Checkpoint) -> bool:
 
 def parse(c: Checkpoint) -> Adapter:
     return _lora_variants.parse(c, name, keys, _SWITCH, _EMBED)
-
-
-def changes(a: Adapter, request: Request) -> Iterator[Change]:
-    return lora.changes(a, request)
-
-
-def ranks(a: Adapter) -> Mapping[str, int]:
-    return lora.ranks(a)
 
 
 def findings(a: Adapter, shapes: Shapes | None) -> Iterator[Finding]:
